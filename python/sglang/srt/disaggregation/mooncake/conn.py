@@ -1,0 +1,475 @@
+"""MooncakeKVManager: how does it start, run and stop the daemon thread that asks blacklisted sessions?
+
+Beside SGLang this file runs at the end of SGLang's own ``conn`` and changes its class in place. Alone it is the
+smallest manager that sends blocks over a Mooncake engine, blacklists and recovers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import inspect
+import logging
+import os
+import queue
+import threading
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+# Under names that SGLang's module has not, because it is the same module.
+from sglang.srt.disaggregation.mooncake import failed_sessions as _blacklist
+from sglang.srt.disaggregation.mooncake import session_probe as _session_probe
+from sglang.srt.environ import FailedSessionProbeSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Optional, Protocol
+
+    class _Patch(Protocol):
+        """What puts this file into SGLang, as far as it is used here."""
+
+        def replace(self, owner: Any, name: str, value: object) -> None: ...
+        def give_up(self, missing: str) -> None: ...
+        def sglang_version(self) -> str: ...
+
+
+logger = logging.getLogger(__name__)
+
+if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has its own
+    from sglang.srt.observability.failed_session_metrics import FAILED_SESSION_RECOVERIES
+
+_PROBE_THREAD = "MooncakeFailedSessionProbe"
+# At a stop, how long probes that are about to return are waited for (a live peer takes 0.5 ms).
+_STOP_GRACE_S = 0.2
+# Answers handed over in one hold of session_lock, which is to take microseconds.
+_ANSWERS_AT_A_TIME = 32
+# Longer waits overflow in the interpreter.
+_LONGEST_WAIT_S = 3600.0
+
+
+class _ProbeShutdown(threading.Event):
+    """The event that stops the loop. The loop waits for its inbox alone, so setting it puts a line there."""
+
+    def __init__(self, inbox: queue.SimpleQueue[Any]) -> None:
+        super().__init__()
+        self._inbox = inbox
+
+    def set(self) -> None:
+        """Stops the loop. Any thread."""
+        super().set()
+        self._inbox.put(None)
+
+
+class _FailedSessionProber:
+    """Carries questions from the blacklist of one prefill manager to the peers, and their answers back."""
+
+    # Learnt in this process: reading a peer's memory proves nothing on its transport.
+    reads_prove_nothing = False
+
+    def __init__(self, manager: Any, settings: FailedSessionProbeSettings) -> None:
+        """Takes over what is on the manager's blacklist. The caller holds ``session_lock``."""
+        if self.reads_prove_nothing:
+            settings = dataclasses.replace(settings, verify=False)
+        self._settings = settings
+        self._engine = manager.engine
+        self._lock = manager.session_lock
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._workers = _session_probe.Workers("MooncakeSessionWorker")
+        self._reader = _session_probe.MemoryReader(manager.engine, lambda: getattr(manager, "decode_kv_args_table", {}))
+        self._thread: Optional[threading.Thread] = None
+        self._raising: set[str] = set()  # sessions whose probes raise, each said once
+        self._fault_said = False
+        self.shutdown = _ProbeShutdown(self._inbox)
+        self.sessions = _blacklist.FailedSessions(
+            settings,
+            manager.failed_sessions,
+            wake=functools.partial(self._inbox.put, None),
+            on_removed=lambda session: manager.session_failures.pop(session, None),
+        )
+
+    def run(self) -> None:
+        """The body of the daemon thread; returns when ``shutdown`` is set."""
+        self._thread = threading.current_thread()
+        atexit.register(self.stop)
+        logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
+        while not self.shutdown.is_set():
+            try:
+                _, wait_s = self._start_due(self._inbox)
+                if wait_s is None:
+                    self._workers.release_idle()
+                self._hand_over(self._inbox, wait_s)
+            except Exception:
+                if not self._fault_said:
+                    self._fault_said = True
+                    logger.exception("Failed-session probe: a fault of its own, said once; SGLang is not affected")
+                self.shutdown.wait(self._settings.interval_s)
+        deadline = time.monotonic() + _STOP_GRACE_S
+        while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
+            self._hand_over(self._inbox, left_s)
+        self._workers.release_idle()
+        atexit.unregister(self.stop)
+
+    def stop(self) -> None:
+        """Starts no more probes and waits for those about to return, 0.5 s at most. Any thread, no lock held."""
+        self.shutdown.set()
+        if self._thread is not None:
+            self._thread.join(timeout=0.5)
+
+    def run_pass(self) -> None:
+        """Asks side by side what is due; returns when all have answered. Any thread, no lock held."""
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        out, wait_s = self._start_due(answers)
+        while out:
+            out -= self._hand_over(answers, wait_s)
+            started, wait_s = self._start_due(answers)
+            out += started
+
+    def _start_due(self, answers: queue.SimpleQueue[Any]) -> tuple[int, Optional[float]]:
+        """Starts what is due. Gives how many, and the seconds until more is, None while nothing is blacklisted."""
+        started = 0
+        while True:
+            with self._lock:
+                questions = self.sessions.take_due()
+                wait_s = None if questions else self.sessions.next_due_in()
+            self._report()
+            if not questions:
+                return started, wait_s
+            for question in questions:
+                self._workers.start(self._look, question, answers)
+            started += len(questions)
+
+    def _look(self, question: _blacklist.Question) -> Any:
+        """Asks the peer, or verifies it. Runs on a worker thread."""
+        if question.verify:
+            return self._reader.verify(question.session)
+        return _session_probe.ask(self._engine, question.session)
+
+    def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:
+        """Waits for answers, ``wait_s`` at most, and gives them to the blacklist. Gives how many there were."""
+        received = _received(answers, wait_s)
+        for question, _, error in received:
+            if error is not None and question.session not in self._raising:
+                self._raising.add(question.session)
+                logger.warning("Probing session %s raised %r (said once); it is asked again", question.session, error)
+        with self._lock:
+            for question, result, error in received:
+                if question.verify:
+                    verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result
+                    self.sessions.verified(question, verdict, why)
+                else:
+                    self.sessions.answered(question, error is None and result == 0)
+        self._report()
+        return len(received)
+
+    def _report(self) -> None:
+        """Logs and counts what happened since the last time. No lock held."""
+        while self.sessions.events:
+            event, session, details = self.sessions.events.popleft()
+            if event in (_blacklist.Event.RECOVERED, _blacklist.Event.DROPPED):
+                self._raising.discard(session)
+            if event is _blacklist.Event.RECOVERED:
+                _count_recovery(session)
+            if event is _blacklist.Event.VERIFICATION_OFF:
+                type(self).reads_prove_nothing = True
+            _log(event, session, details)
+
+
+def _log(event: _blacklist.Event, session: Any, details: dict[str, Any]) -> None:
+    if event is _blacklist.Event.RECOVERED and details["unverified"]:
+        logger.warning(
+            "Session %s was let in on probation without proof that transfers work: it answers probes, but %s. "
+            "If it fails again, look at the data path between this node and that decode node",
+            session,
+            details["unverified"],
+        )
+    elif event is _blacklist.Event.HELD:
+        logger.warning("Session %s failed again soon after its recovery; held for %gs", session, details["hold_s"])
+    elif event is _blacklist.Event.DROPPED:
+        logger.info("Forgot blacklisted session %s: no request for %.0fs", session, details["idle_s"])
+    elif event is _blacklist.Event.MALFORMED:
+        logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
+    elif event is _blacklist.Event.VERIFICATION_OFF:
+        logger.warning(
+            "Session %s works though its memory cannot be read: reads prove nothing on this transport, "
+            "so from now on this process lets sessions in when they answer probes",
+            session,
+        )
+    elif event is _blacklist.Event.FAULT:
+        logger.error(
+            "Failed-session probe: a fault of its own at session %s, said once; SGLang is not affected\n%s",
+            session,
+            details["error"],
+        )
+
+
+def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> list[Any]:
+    """What comes within ``wait_s`` seconds (None: until something comes), without the lines that only wake."""
+    lines: list[Any] = []
+    try:
+        lines.append(answers.get(timeout=None if wait_s is None else min(wait_s, _LONGEST_WAIT_S)))
+        while len(lines) < _ANSWERS_AT_A_TIME:
+            lines.append(answers.get_nowait())
+    except queue.Empty:
+        pass
+    return [line for line in lines if line is not None]
+
+
+def _count_recovery(session: str) -> None:
+    FAILED_SESSION_RECOVERIES.inc()
+    logger.info("Session %s recovered via probe; un-blacklisted", session)
+
+
+class _FailureCount(int):
+    """A count of failures that can be told from an equal one: a failure or registration puts another in its place."""
+
+
+def _run_bare_pass(manager: Any) -> None:
+    """One pass over an object with ``engine``, a plain set ``failed_sessions``, ``session_failures`` and
+    ``session_lock``: asks every session once, side by side, and takes those that answered off the blacklist.
+    """
+    failures = manager.session_failures
+    with manager.session_lock:
+        counts = dict.fromkeys(filter(_blacklist.is_session_id, manager.failed_sessions))
+        for session in counts.keys() & failures.keys():
+            counts[session] = failures[session] = _FailureCount(failures[session])
+    unasked = _blacklist.FailedSessions(FailedSessionProbeSettings(), counts)
+    workers = _session_probe.Workers("MooncakeSessionWorker")
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    while len(unasked):
+        for question in unasked.take_due():
+            workers.start(lambda asked: _session_probe.ask(manager.engine, asked.session), question, answers)
+        for question, rc, error in _received(answers, unasked.next_due_in()):
+            session = question.session
+            unasked.answered(question, False)
+            unasked.discard(session)
+            if error is not None:
+                logger.warning("Probing session %s raised %r", session, error)
+            with manager.session_lock:
+                back = rc == 0 and session in manager.failed_sessions and failures.get(session) is counts[session]
+                if back:
+                    manager.failed_sessions.discard(session)
+                    failures.pop(session, None)
+            if back:
+                _count_recovery(session)
+    workers.release_idle()
+
+
+# What MooncakeKVManager gets, beside SGLang and alone.
+
+
+def _failed_session_probe_loop(self: Any) -> None:
+    """Body of the thread ``MooncakeFailedSessionProbe``: returns once ``_failed_session_probe_shutdown`` is set."""
+    _prober_of(self).run()
+
+
+def _run_one_probe_pass(self: Any) -> None:
+    """Asks, side by side, the blacklisted sessions that are due; returns when they have answered.
+
+    Works on any object with ``engine``, ``failed_sessions`` (a plain set will do), ``session_failures`` and
+    ``session_lock``, which must not be held. Blocks as long as the slowest answer, a minute for a stopped peer.
+    """
+    if isinstance(self.failed_sessions, _blacklist.FailedSessions):
+        _prober_of(self).run_pass()
+    else:
+        _run_bare_pass(self)
+
+
+def _prober_of(manager: Any) -> _FailedSessionProber:
+    """The manager's prober. The first call swaps the blacklist, whatever SGLang's threads do meanwhile."""
+    with manager.session_lock:
+        prober = getattr(manager, "_failed_session_prober", None)
+        if prober is None:
+            prober = _FailedSessionProber(manager, FailedSessionProbeSettings.from_environment())
+            stopped = getattr(manager, "_failed_session_probe_shutdown", None)
+            manager.failed_sessions = prober.sessions
+            manager._failed_session_prober = prober
+            manager._failed_session_probe_shutdown = prober.shutdown
+            if stopped is not None and stopped.is_set():
+                prober.shutdown.set()
+        return prober
+
+
+def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettings, sglang_version: str) -> None:
+    """Starts the daemon thread of a prefill manager, unless a native one was started, which runs our loop too."""
+    native = hasattr(manager, "_failed_session_probe_shutdown")
+    _prober_of(manager)
+    mooncake = _session_probe.mooncake_version()
+    logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
+    if not _session_probe.can_probe(manager.engine):
+        logger.warning(
+            "Mooncake %s cannot probe, so a blacklisted session stays out until it registers again; "
+            "install Mooncake %s or later",
+            mooncake,
+            _session_probe.FIRST_MOONCAKE_WITH_PROBE,
+        )
+    FAILED_SESSION_RECOVERIES.inc(0)  # can be scraped from now on
+    if not native:
+        thread = threading.Thread(target=manager._failed_session_probe_loop, name=_PROBE_THREAD, daemon=True)
+        thread.start()
+        getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
+
+
+def _with_failed_session_probe(
+    init: Callable[..., None], sglang_version: str, give_up: Callable[[str], None]
+) -> Callable[..., None]:
+    """The constructor of MooncakeKVManager with the settings checked before it and the probe started after it.
+
+    ``give_up(missing)`` is called, and nothing started, where the manager lacks what the probe needs.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        role = signature.bind(self, *args, **kwargs).arguments["disaggregation_mode"]
+        prefill = getattr(role, "value", role) == "prefill"
+        # A decode manager that may become prefill later must not fail then.
+        if prefill or getattr(self, "supports_role_switch", False):
+            settings = FailedSessionProbeSettings.from_environment()
+        init(self, *args, **kwargs)
+        if not prefill or not settings.enabled:
+            return
+        missing = _missing_of(self)
+        if missing:
+            give_up(missing)
+            return
+        try:
+            _start_failed_session_probe(self, settings, sglang_version)
+        except Exception:
+            logger.exception("Failed-session probe: it could not start; SGLang is not affected")
+
+    return __init__
+
+
+def _missing_of(manager: Any) -> str:
+    """What a prefill manager lacks for the probe, in words; empty if nothing."""
+    for name in ("engine", "failed_sessions", "session_failures", "session_lock"):
+        if not hasattr(manager, name):
+            return f"MooncakeKVManager.{name}"
+    if not isinstance(manager.failed_sessions, set):
+        return f"set MooncakeKVManager.failed_sessions (it is a {type(manager.failed_sessions).__name__})"
+    return ""
+
+
+def patch_failed_session_probe(patch: _Patch, sglang: dict[str, Any]) -> None:
+    """Gives SGLang's ``MooncakeKVManager`` the probe, in place. Runs in the thread that imports SGLang's module."""
+    manager = sglang["MooncakeKVManager"]
+    if "disaggregation_mode" not in inspect.signature(manager.__init__).parameters:
+        patch.give_up("MooncakeKVManager.__init__(..., disaggregation_mode, ...)")
+        return
+    native_loop = vars(manager).get("_failed_session_probe_loop")
+
+    def loop(self: Any) -> None:
+        missing = _missing_of(self)
+        if missing and native_loop:  # the native thread is here before the constructor has looked
+            patch.give_up(missing)
+            native_loop(self)
+        else:
+            _failed_session_probe_loop(self)
+
+    loop.__doc__ = _failed_session_probe_loop.__doc__
+    patch.replace(manager, "_failed_session_probe_loop", loop)
+    patch.replace(manager, "_run_one_probe_pass", _run_one_probe_pass)
+    patch.replace(
+        manager, "__init__", _with_failed_session_probe(manager.__init__, patch.sglang_version(), patch.give_up)
+    )
+
+
+if "MooncakeKVManager" not in globals():
+
+    class KVTransferError(Exception):
+        """Blocks were not sent; the message says why."""
+
+    @dataclasses.dataclass(frozen=True)
+    class PeerMemory:
+        """What a decode process registers with a prefill process: the addresses of its memory."""
+
+        dst_kv_ptrs: list[int]
+        dst_aux_ptrs: list[int] = dataclasses.field(default_factory=list)
+
+    class MooncakeKVManager:
+        """Sends blocks of memory over a Mooncake engine, blacklists sessions and lets them in again.
+
+        ``SGLANG_HOST_IP`` (127.0.0.1) and ``MOONCAKE_PROTOCOL`` (rdma) choose the address and the transport.
+        """
+
+        _failed_session_probe_loop = _failed_session_probe_loop
+        _run_one_probe_pass = _run_one_probe_pass
+
+        def __init__(
+            self, args: Any, disaggregation_mode: Any, server_args: Any = None, is_mla_backend: bool = False
+        ) -> None:
+            """Registers ``args.kv_data_ptrs`` and ``aux_data_ptrs`` (``kv_data_lens``, ``aux_data_lens`` bytes).
+
+            ``disaggregation_mode`` is "prefill" or "decode". Raises ValueError for a wrong setting and RuntimeError
+            if Mooncake does not start or does not take the memory.
+            """
+            self.kv_args = args
+            self.disaggregation_mode = disaggregation_mode
+            self._worker_threads: list[threading.Thread] = []
+            self.decode_kv_args_table: dict[str, PeerMemory] = {}
+            self.init_engine()
+            self.register_buffer_to_engine()
+            if getattr(disaggregation_mode, "value", disaggregation_mode) == "prefill":
+                self.session_failures: dict[str, int] = defaultdict(int)
+                self.failed_sessions: set[str] = set()
+                self.session_lock = threading.Lock()
+
+        def init_engine(self) -> None:
+            """Starts the Mooncake engine of this manager."""
+            from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
+
+            self.engine = MooncakeTransferEngine(os.environ.get("SGLANG_HOST_IP", "127.0.0.1"))
+
+        def register_buffer_to_engine(self) -> None:
+            """Registers the memory with the engine; raises RuntimeError if it is not taken."""
+            rc = self.engine.batch_register(*self._regions())
+            if rc != 0:
+                raise RuntimeError(f"Mooncake did not register the memory (rc {rc}).")
+
+        def _regions(self) -> tuple[list[int], list[int]]:
+            args = self.kv_args
+            return [*args.kv_data_ptrs, *args.aux_data_ptrs], [*args.kv_data_lens, *args.aux_data_lens]
+
+        def get_session_id(self) -> str:
+            """``host:port`` under which this manager's memory is reached."""
+            return self.engine.get_session_id()
+
+        def register_decode(self, session_id: str, memory: PeerMemory) -> None:
+            """A decode process (again) tells its memory, which takes it off the blacklist. Any thread."""
+            with self.session_lock:
+                self.failed_sessions.discard(session_id)
+                self.session_failures.pop(session_id, None)
+                self.decode_kv_args_table[session_id] = memory
+
+        def send_blocks(self, session_id: str, blocks: list[tuple[int, int, int]]) -> None:
+            """Writes blocks (address here, address there, bytes) to a decode process and waits until they are there.
+
+            Raises KVTransferError if the session is blacklisted, and if the transfer fails, which blacklists it.
+            Any thread.
+            """
+            with self.session_lock:
+                if session_id in self.failed_sessions:
+                    raise KVTransferError(
+                        f"Decode instance could be dead, remote mooncake session {session_id} is not alive"
+                    )
+            sources, destinations, lengths = (list(column) for column in zip(*blocks, strict=True))
+            rc = self.engine.batch_transfer_sync(session_id, sources, destinations, lengths)
+            if rc != 0:
+                with self.session_lock:
+                    self.session_failures[session_id] += 1
+                    self.failed_sessions.add(session_id)
+                raise KVTransferError(f"Failed to send {len(blocks)} blocks to {session_id} (rc {rc})")
+
+        def teardown(self) -> None:
+            """Stops the threads and takes the registration of the memory back."""
+            if hasattr(self, "_failed_session_probe_shutdown"):
+                self._failed_session_probe_shutdown.set()
+            for thread in self._worker_threads:
+                thread.join(timeout=3.0)
+            self.engine.batch_deregister(self._regions()[0])
+
+    MooncakeKVManager.__init__ = _with_failed_session_probe(  # type: ignore[method-assign]
+        MooncakeKVManager.__init__, "not there", logger.error
+    )

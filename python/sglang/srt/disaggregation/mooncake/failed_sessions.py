@@ -1,0 +1,570 @@
+"""Which sessions are blacklisted, whom to ask next, and who may be let in again?
+
+    (not tracked) --a transfer fails--> BLACKLISTED --answered, settled, verified--> PROBATION --quiet--> (not tracked)
+                                          ^   |                                          |
+                                          |   +--registered again / nobody asked for it--+--> (not tracked)
+                                          +---------------- fails again -----------------+
+
+No threads and no I/O: the clock is injected, and every method is called with ``session_lock`` held. Questions leave by
+``take_due``, their answers come back by ``answered`` and ``verified``; ``events`` tells what happened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import heapq
+import itertools
+import random
+import re
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Optional
+
+from sglang.srt.environ import FailedSessionProbeSettings
+
+# A refused probe costs 0.04 ms of CPU, so four a second are nothing; past 2.5 s the gap is a tenth of the outage.
+MIN_GAP_S = 0.25
+GAP_SHARE_OF_OUTAGE = 0.1
+GAP_JITTER = 0.1
+# A live peer answers within 0.5 ms (p99), a dropped connection attempt ends after 5 s: 2 s tells them apart.
+STUCK_AFTER_S = 2.0
+# Stuck probes, a thread each: well below the process limit of a pod. The last places are for fresh failures.
+STUCK_LIMIT = 256
+STUCK_RESERVE = 16
+# A transfer may take 30 s to fail (Mooncake's default), so twice that without a failure is a quiet spell.
+PROBATION_S = 60.0
+FIRST_HOLD_S = 1.0
+# After a failed read Mooncake keeps the peer in a cooldown of 1.0 s, in which a read spins a core: stay out of it.
+MIN_VERIFY_PAUSE_S = 1.1
+VERIFY_PAUSE_FACTOR = 10.0
+# One verification at a time; one that is stuck (packets dropped: 30 s) lets one other go beside it.
+VERIFICATION_LIMIT = 2
+# Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
+BATCH = 32
+
+_SESSION_ID = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([1-9][0-9]{0,4})")
+_NEVER = float("inf")
+
+
+def is_session_id(session: object) -> bool:
+    """True for ``host:port``, brackets around an IPv6 address, port 1 to 65535: all that Mooncake parses rightly."""
+    match = _SESSION_ID.fullmatch(session) if isinstance(session, str) else None
+    return match is not None and int(match[1]) <= 65535
+
+
+class Verdict(enum.Enum):
+    """What a look at a peer's memory, right after it answered, has shown."""
+
+    READABLE = "readable"
+    CANNOT_TELL = "cannot tell"  # no way to read, or no address: the answered handshake decides
+    UNREADABLE = "unreadable"
+    UNANSWERED = "unanswered"
+
+
+class Event(enum.Enum):
+    """What happened to a session, with the details in brackets. Logs and metrics listen."""
+
+    BLACKLISTED = "blacklisted"
+    HELD = "held"  # hold_s
+    RECOVERED = "recovered"  # outage_s, refused, unverified (the reason, or None)
+    DROPPED = "dropped"  # idle_s
+    MALFORMED = "malformed"
+    VERIFICATION_OFF = "verification off"
+    FAULT = "fault"  # error (a traceback)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+    """A probe or a verification under way. Its answer counts only for the generation it was asked in."""
+
+    session: str
+    generation: int
+    asked_at: float
+    verify: bool
+
+
+class _Session:
+    """What is known of a session that is blacklisted or on probation. Times are the injected clock's."""
+
+    __slots__ = (
+        "answered_since",  # first of the unbroken answers in this generation, or None
+        "blacklisted",  # False: on probation
+        "blacklisted_at",
+        "due_at",
+        "failed_at",
+        "generation",
+        "has_end_check",  # an entry in _end_checks
+        "hold_until",
+        "id",
+        "prompt",  # the last probe in this generation came back before it was stuck
+        "refused",  # how often a request asked for it in vain
+        "relapses",
+        "requested_at",
+        "unreadable",  # why its memory could not be read, None if that was not found
+        "used_at",  # on probation: when a request first used it, or None
+        "verify_after",
+        "waits_for_probe",
+        "waits_for_verification",
+    )
+
+    def __init__(self, session: Any) -> None:
+        self.id = session
+        self.relapses = 0
+        self.verify_after = 0.0
+        self.waits_for_probe = self.waits_for_verification = False
+        self.has_end_check = False
+        self.unreadable: Optional[str] = None
+
+    def begin_outage(self, now: float, hold_s: float) -> None:
+        self.blacklisted = True
+        self.blacklisted_at = now
+        self.hold_until = now + hold_s
+        self.refused = 0
+
+    def begin_generation(self, now: float, generation: int) -> None:
+        """A transfer failed: what was answered before counts no more."""
+        self.generation = generation
+        self.failed_at = self.requested_at = now
+        self.due_at = _NEVER
+        self.answered_since: Optional[float] = None
+        self.prompt = False
+        self.waits_for_verification = False
+
+    def begin_probation(self) -> None:
+        self.blacklisted = False
+        self.due_at = _NEVER
+        self.used_at: Optional[float] = None
+
+    def probation_is_over(self, now: float) -> bool:
+        """True once it has been in use for PROBATION_S without a failure."""
+        return self.used_at is not None and now - self.used_at >= PROBATION_S
+
+
+class FailedSessions(set[Any]):
+    """The blacklist: SGLang's ``failed_sessions``, a set that hears its own changes.
+
+    SGLang calls ``add``, ``discard``, ``remove``, ``clear`` and ``in``, our daemon thread the rest, all of them with
+    ``session_lock`` held. Nothing here blocks. ``wake()`` is called when something fell due, ``on_removed(session)``
+    when this class itself takes a session off the blacklist. ``sessions`` are on the blacklist from the start.
+    """
+
+    def __init__(
+        self,
+        settings: FailedSessionProbeSettings,
+        sessions: Iterable[Hashable] = (),
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        wake: Callable[[], None] = lambda: None,
+        on_removed: Callable[[Any], object] = lambda session: None,
+    ) -> None:
+        super().__init__()
+        self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
+        self.verifying = settings.verify
+        self._settings = settings
+        self._clock = clock
+        self._jitter = jitter
+        self._wake = wake
+        self._on_removed = on_removed
+        self._tracked: dict[Any, _Session] = {}
+        self._generations = itertools.count(1)
+        self._ties = itertools.count()  # orders heap entries of one moment
+        self._schedule: list[tuple[float, int, _Session]] = []
+        self._end_checks: list[tuple[float, int, _Session]] = []
+        self._prompt: deque[_Session] = deque()  # lines for a free place
+        self._unproven: deque[_Session] = deque()
+        self._to_verify: deque[_Session] = deque()
+        self._prompt_next = self._newest_next = True
+        self._asked: dict[Any, Question] = {}
+        self._young: dict[Question, bool] = {}  # in the order asked; True if to an unproven peer
+        self._young_unproven = 0
+        self._stuck = 0
+        self._verifications: set[Question] = set()
+        self._malformed_said: set[Any] = set()
+        self._fault_said = False
+        self.update(sessions)
+
+    # What SGLang calls. The set itself changes first: a fault of ours leaves SGLang with a plain set.
+
+    def add(self, session: Hashable) -> None:
+        """A transfer to the session failed: a new generation, to be asked at once."""
+        super().add(session)
+        self._hear(self._failed, session)
+
+    def discard(self, session: Hashable) -> None:
+        """The session registered again: nothing known of it counts any more."""
+        super().discard(session)
+        self._hear(self._forget, session)
+
+    def remove(self, session: Hashable) -> None:
+        """As ``discard``; raises KeyError if the session is not blacklisted."""
+        super().remove(session)
+        self._hear(self._forget, session)
+
+    def clear(self) -> None:
+        """Forgets every session."""
+        super().clear()
+        self._tracked.clear()
+
+    def pop(self) -> Any:
+        """Removes and returns some session; raises KeyError if there is none."""
+        session = super().pop()
+        self._hear(self._forget, session)
+        return session
+
+    def update(self, *others: Iterable[Hashable]) -> None:
+        """Adds every session of the others."""
+        for session in itertools.chain(*others):
+            self.add(session)
+
+    def difference_update(self, *others: Iterable[Hashable]) -> None:
+        """Discards every session of the others."""
+        for session in list(itertools.chain(*others)):
+            self.discard(session)
+
+    def __ior__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def __isub__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
+        self.difference_update(other)
+        return self
+
+    def __contains__(self, session: object) -> bool:
+        """True if the session is blacklisted. Notes that a request asked for it."""
+        if session in self._tracked:
+            self._hear(self._requested, session)
+        return set.__contains__(self, session)
+
+    # What the daemon thread calls.
+
+    def take_due(self) -> list[Question]:
+        """What to ask now, BATCH at most. Each question must come back in ``answered`` or ``verified``."""
+        now = self._clock()
+        self._note_stuck(now)
+        self._end_idle_and_quiet(now)
+        self._line_up_due(now)
+        questions: list[Question] = []
+        while len(questions) < BATCH:
+            record = self._next_to_verify(now)
+            verify = record is not None
+            record = record or self._next_to_probe(now)
+            if record is None:
+                break
+            questions.append(self._ask(record, now, verify))
+        return questions
+
+    def next_due_in(self) -> Optional[float]:
+        """Seconds until ``take_due`` may have something to do, None while nothing is blacklisted.
+
+        To be asked after a ``take_due`` that gave nothing.
+        """
+        if not len(self):
+            return None
+        moments = [heap[0][0] for heap in (self._schedule, self._end_checks) if heap]
+        moments += [question.asked_at + STUCK_AFTER_S for question in itertools.islice(self._young, 1)]
+        if self._to_verify:
+            moments += [question.asked_at + STUCK_AFTER_S for question in self._verifications]
+        now = self._clock()
+        return max(0.0, min(moments) - now)
+
+    def answered(self, question: Question, answered: bool) -> None:
+        """A probe came back, ``answered`` if with rc 0."""
+        now = self._clock()
+        prompt = self._free_place(question)
+        record = self._still_asked_about(question, now)
+        if record is None:
+            return
+        record.prompt = prompt
+        if answered:
+            self._heard_from(record, now)
+        else:
+            self._not_heard_from(record, now)
+
+    def verified(self, question: Question, verdict: Verdict, why: str = "") -> None:
+        """A verification came back; ``why`` says what was wrong with an unreadable peer."""
+        now = self._clock()
+        self._free_place(question)
+        record = self._still_asked_about(question, now)
+        if record is None:
+            return
+        if not record.blacklisted:
+            self._end_probation(record, reads_prove_nothing=verdict is Verdict.UNREADABLE)
+        elif verdict is Verdict.UNANSWERED:
+            self._not_heard_from(record, now)
+        elif verdict is Verdict.UNREADABLE:
+            record.unreadable = why
+            record.verify_after = now + max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * (now - question.asked_at))
+            self._schedule_next_probe(record, now)
+        else:
+            self._let_in(record, now, unverified=None)
+
+    def in_flight(self) -> int:
+        """Probes and verifications under way, stuck ones included."""
+        return len(self._asked)
+
+    # What was heard.
+
+    def _hear(self, react: Callable[[Any], None], session: Any) -> None:
+        try:
+            react(session)
+        except Exception:
+            if not self._fault_said:
+                self._fault_said = True
+                self._tell(Event.FAULT, session, error=traceback.format_exc())
+                self._wake()
+
+    def _failed(self, session: Any) -> None:
+        now = self._clock()
+        record = self._tracked.get(session)
+        if record is None or (not record.blacklisted and record.probation_is_over(now)):
+            record = self._tracked[session] = _Session(session)
+            record.begin_outage(now, hold_s=0.0)
+            self._tell(Event.BLACKLISTED, session)
+        elif not record.blacklisted:
+            record.relapses += 1
+            hold_s = self._grown(FIRST_HOLD_S, record.relapses - 1)
+            record.begin_outage(now, hold_s)
+            self._tell(Event.BLACKLISTED, session)
+            self._tell(Event.HELD, session, hold_s=hold_s)
+        record.begin_generation(now, next(self._generations))
+        self._check_end(record)
+        if is_session_id(session):
+            self._schedule_at(record, now)
+        elif session not in self._malformed_said:
+            self._malformed_said.add(session)
+            self._tell(Event.MALFORMED, session)
+        self._wake()
+
+    def _forget(self, session: Any) -> None:
+        self._tracked.pop(session, None)
+
+    def _requested(self, session: Any) -> None:
+        record = self._tracked[session]
+        now = self._clock()
+        if record.blacklisted:
+            record.requested_at = now
+            record.refused += 1
+        elif record.used_at is None:
+            record.used_at = now
+        elif record.probation_is_over(now):  # told by this request: no timer runs for it
+            self._quiet_spell_is_over(record)
+
+    def _tell(self, event: Event, session: Any, **details: Any) -> None:
+        self.events.append((event, session, details))
+
+    # Re-admission: settled, held long enough, verified.
+
+    def _heard_from(self, record: _Session, now: float) -> None:
+        if record.answered_since is None:
+            record.answered_since = now
+        settled_at = record.answered_since + self._settings.settle_s
+        if now < settled_at:
+            self._schedule_at(record, settled_at)
+        elif now < record.hold_until:
+            self._schedule_next_probe(record, now)
+        elif not self.verifying:
+            self._let_in(record, now, unverified=None)
+        elif now >= self._opens_at(record) and (record.unreadable or record.waits_for_verification):
+            self._let_in(record, now, unverified=record.unreadable or "other verifications took all the time")
+        elif now >= record.verify_after:
+            self._line_up_to_verify(record, now)
+        else:
+            self._schedule_next_probe(record, now)
+
+    def _not_heard_from(self, record: _Session, now: float) -> None:
+        record.answered_since = None
+        record.waits_for_verification = False
+        self._schedule_next_probe(record, now)
+
+    def _opens_at(self, record: _Session) -> float:
+        """When a peer that goes on answering and cannot be verified is let in all the same."""
+        assert record.answered_since is not None
+        return record.answered_since + self._grown(self._settings.interval_s, record.relapses)
+
+    def _grown(self, first_s: float, doublings: int) -> float:
+        return min(first_s * 2.0 ** min(doublings, 64), self._settings.max_interval_s)
+
+    def _let_in(self, record: _Session, now: float, unverified: Optional[str]) -> None:
+        super().discard(record.id)
+        self._on_removed(record.id)
+        record.begin_probation()
+        if unverified is None:
+            record.unreadable = None
+        outage_s = now - record.blacklisted_at
+        self._tell(Event.RECOVERED, record.id, outage_s=outage_s, refused=record.refused, unverified=unverified)
+
+    def _quiet_spell_is_over(self, record: _Session) -> None:
+        if not (record.unreadable and self.verifying):
+            self._end_probation(record, reads_prove_nothing=False)
+        elif not record.waits_for_verification:  # in use and healthy: can its memory still not be read?
+            record.waits_for_verification = True
+            self._to_verify.append(record)
+            self._wake()
+
+    def _end_probation(self, record: _Session, reads_prove_nothing: bool) -> None:
+        del self._tracked[record.id]
+        if reads_prove_nothing:
+            self.verifying = False
+            self._tell(Event.VERIFICATION_OFF, record.id)
+
+    # The schedule.
+
+    def _schedule_at(self, record: _Session, at: float) -> None:
+        record.due_at = at  # an entry of another time is outdated
+        heapq.heappush(self._schedule, (at, next(self._ties), record))
+
+    def _schedule_next_probe(self, record: _Session, now: float) -> None:
+        gap_s = max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at))
+        gap_s *= 1.0 + GAP_JITTER * (2.0 * self._jitter() - 1.0)
+        at = now + min(gap_s, self._settings.interval_s)
+        if record.answered_since is not None:  # no later than the next moment at which an answer could let it in
+            moments = (record.hold_until, record.verify_after, self._opens_at(record))
+            at = min([at, *(moment for moment in moments if moment > now)])
+        self._schedule_at(record, at)
+
+    def _line_up_due(self, now: float) -> None:
+        for _ in range(BATCH):
+            if not self._schedule or self._schedule[0][0] > now:
+                return
+            at, _, record = heapq.heappop(self._schedule)
+            if at == record.due_at and self._is_blacklisted(record) and record.id not in self._asked:
+                record.due_at = _NEVER
+                record.waits_for_probe = True
+                (self._prompt if record.prompt else self._unproven).append(record)
+
+    def _line_up_to_verify(self, record: _Session, now: float) -> None:
+        if not record.waits_for_verification:
+            record.waits_for_verification = True
+            self._to_verify.append(record)
+        self._schedule_at(record, now + self._settings.interval_s)  # asked meanwhile, if the line is long
+
+    def _check_end(self, record: _Session) -> None:
+        if not record.has_end_check:
+            record.has_end_check = True
+            heapq.heappush(self._end_checks, (self._ends_at(record), next(self._ties), record))
+
+    def _ends_at(self, record: _Session) -> float:
+        """When the session is forgotten if nothing happens: nobody asked for it, or its quiet spell is over."""
+        if not record.blacklisted and record.used_at is not None:
+            return record.used_at + PROBATION_S
+        return record.requested_at + self._settings.idle_timeout_s
+
+    def _end_idle_and_quiet(self, now: float) -> None:
+        for _ in range(BATCH):
+            if not self._end_checks or self._end_checks[0][0] > now:
+                return
+            _, _, record = heapq.heappop(self._end_checks)
+            record.has_end_check = False
+            if self._tracked.get(record.id) is not record:
+                continue
+            if now < self._ends_at(record):
+                self._check_end(record)
+            elif record.blacklisted:
+                self._drop(record, now)
+            elif record.used_at is None:
+                self._forget(record.id)
+            else:
+                self._quiet_spell_is_over(record)
+
+    def _drop(self, record: _Session, now: float) -> None:
+        super().discard(record.id)
+        self._forget(record.id)
+        self._on_removed(record.id)
+        self._tell(Event.DROPPED, record.id, idle_s=now - record.requested_at)
+
+    def _is_blacklisted(self, record: _Session) -> bool:
+        return record.blacklisted and self._tracked.get(record.id) is record
+
+    # Places: CONCURRENCY for young probes, STUCK_LIMIT for stuck ones, one for a verification.
+
+    def _next_to_verify(self, now: float) -> Optional[_Session]:
+        if len(self._verifications) >= VERIFICATION_LIMIT or any(
+            now - question.asked_at < STUCK_AFTER_S for question in self._verifications
+        ):
+            return None
+        while self._to_verify:
+            record = self._to_verify.popleft()
+            waited, record.waits_for_verification = record.waits_for_verification, False
+            if waited and self._tracked.get(record.id) is record and record.id not in self._asked:
+                return record
+        return None
+
+    def _next_to_probe(self, now: float) -> Optional[_Session]:
+        """Prompt peers (they answered or refused at once) and unproven ones (they may hang) take turns."""
+        self._prompt_next = not self._prompt_next
+        pick, other = self._next_prompt, self._next_unproven
+        if not self._prompt_next:
+            pick, other = other, pick
+        return pick(now) or other(now)
+
+    def _next_prompt(self, now: float) -> Optional[_Session]:
+        while self._prompt and len(self._young) < self._settings.concurrency:
+            record = self._prompt.popleft()
+            if self._still_waits(record):
+                return record
+        return None
+
+    def _next_unproven(self, now: float) -> Optional[_Session]:
+        """The newest and the oldest in turn: a fresh failure is likeliest to be over, and nobody waits for ever."""
+        concurrency = self._settings.concurrency
+        free = len(self._young) < concurrency and self._young_unproven < concurrency - concurrency // 4
+        while free and self._unproven and self._stuck < STUCK_LIMIT:
+            newest = self._newest_next
+            if self._stuck >= STUCK_LIMIT - STUCK_RESERVE:
+                if now - self._unproven[-1].failed_at >= STUCK_AFTER_S:
+                    return None
+                newest = True
+            record = self._unproven.pop() if newest else self._unproven.popleft()
+            if self._still_waits(record):
+                self._newest_next = not newest
+                return record
+        return None
+
+    def _still_waits(self, record: _Session) -> bool:
+        waited, record.waits_for_probe = record.waits_for_probe, False
+        return waited and self._is_blacklisted(record) and record.id not in self._asked
+
+    def _ask(self, record: _Session, now: float, verify: bool) -> Question:
+        question = Question(record.id, record.generation, now, verify)
+        record.due_at = _NEVER
+        record.waits_for_probe = False
+        self._asked[record.id] = question
+        if verify:
+            self._verifications.add(question)
+        else:
+            self._young[question] = not record.prompt
+            self._young_unproven += not record.prompt
+        return question
+
+    def _note_stuck(self, now: float) -> None:
+        while self._young:
+            question = next(iter(self._young))
+            if now - question.asked_at < STUCK_AFTER_S:
+                return
+            self._young_unproven -= self._young.pop(question)
+            self._stuck += 1
+
+    def _free_place(self, question: Question) -> bool:
+        """Frees what the question held; True if it came back before it was stuck."""
+        del self._asked[question.session]
+        if question.verify:
+            self._verifications.remove(question)
+        elif question in self._young:
+            self._young_unproven -= self._young.pop(question)
+        else:
+            self._stuck -= 1
+            return False
+        return True
+
+    def _still_asked_about(self, question: Question, now: float) -> Optional[_Session]:
+        """The session, if the generation the question was asked in still stands; else a newer one is asked now."""
+        record = self._tracked.get(question.session)
+        if record is None:
+            return None
+        if record.generation != question.generation:
+            self._schedule_at(record, now)
+            return None
+        return record

@@ -1,0 +1,154 @@
+"""Does a peer answer, and can its memory be read? Asks through a Mooncake engine, on threads of its own.
+
+A probe can hang for a minute and cannot be cancelled, so it runs on a daemon thread that nobody waits for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import mmap
+import pathlib
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
+
+READS_IN_A_ROW = 4  # Mooncake has four TCP lanes a peer, and each can be dead for itself
+READ_BYTES = 8
+FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
+
+
+def mooncake_engine(engine: Any) -> Any:
+    """Mooncake's own engine behind SGLang's wrapper; the object itself where there is no wrapper."""
+    return getattr(engine, "engine", engine)
+
+
+def can_probe(engine: Any) -> bool:
+    """True if the installed Mooncake has ``send_probe`` (0.3.11 and later)."""
+    return hasattr(mooncake_engine(engine), "send_probe")
+
+
+def mooncake_version() -> str:
+    """Name and version of the wheel that ``import mooncake`` finds. Takes milliseconds; any thread."""
+    spec = importlib.util.find_spec("mooncake")
+    for package in (spec and spec.submodule_search_locations) or ():
+        for metadata in sorted(pathlib.Path(package).parent.glob("mooncake*.dist-info")):
+            distribution = importlib.metadata.Distribution.at(metadata)
+            return f"{distribution.metadata['Name']} {distribution.version}"
+    return "of unknown version"
+
+
+def ask(engine: Any, session: str) -> int:
+    """Sends one probe and returns its rc: 0 if the peer answered, -1 where the engine has no ``send_probe``.
+
+    Blocks for up to a minute and longer; hold no lock. Whatever the engine raises is raised.
+    """
+    send_probe = getattr(engine, "send_probe", None)
+    if send_probe is None:
+        return -1
+    rc = send_probe(session)
+    return rc if type(rc) is int else -1
+
+
+class MemoryReader:
+    """Reads a few bytes of a peer's registered memory into a scratch page of this process, which nobody looks at.
+
+    ``registrations()`` gives the manager's ``decode_kv_args_table``. Any thread may use it.
+    """
+
+    def __init__(self, engine: Any, registrations: Callable[[], Mapping[str, Any]]) -> None:
+        self._engine = engine
+        self._registrations = registrations
+        self._scratch: Optional[int] = None
+        self._scratch_lock = threading.Lock()
+
+    def verify(self, session: str) -> tuple[Verdict, str]:
+        """Probes the session once more and reads its memory until four reads in a row succeed.
+
+        The first read that fails ends it, because Mooncake lets a second of cooldown follow, which the next read
+        would spend spinning. Gives the verdict and, for an unreadable peer, the reason in words. Blocks for up to a
+        minute and longer; hold no lock. What ``send_probe`` raises is raised.
+        """
+        # A transfer to a stopped peer can hold up transfers to live ones, so never read without a fresh answer.
+        if ask(self._engine, session) != 0:
+            return Verdict.UNANSWERED, ""
+        read = getattr(mooncake_engine(self._engine), "transfer_sync_read", None)
+        address = self._address_of(session)
+        scratch = self._scratch_address()
+        if read is None or address is None or scratch is None:
+            return Verdict.CANNOT_TELL, ""
+        for _ in range(READS_IN_A_ROW):
+            try:
+                rc = read(session, scratch, address, READ_BYTES)
+            except Exception as error:
+                return Verdict.UNREADABLE, f"reading its memory raised {error!r}"
+            if type(rc) is not int or rc != 0:
+                return Verdict.UNREADABLE, f"reading its memory gave {rc!r}"
+        return Verdict.READABLE, ""
+
+    def _address_of(self, session: str) -> Optional[int]:
+        registration = self._registrations().get(session)
+        for name in ("dst_aux_ptrs", "dst_kv_ptrs"):
+            addresses = getattr(registration, name, None)
+            if addresses is not None and len(addresses) and int(addresses[0]) > 0:
+                return int(addresses[0])
+        return None
+
+    def _scratch_address(self) -> Optional[int]:
+        with self._scratch_lock:
+            if self._scratch is None:
+                self._scratch = self._register_page()
+            return self._scratch or None
+
+    def _register_page(self) -> int:
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        _kept_pages.append(page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        try:
+            return address if mooncake_engine(self._engine).register_memory(address, mmap.PAGESIZE) == 0 else 0
+        except Exception:
+            return 0  # an engine that takes no memory of this kind: the answered handshake decides
+
+
+_kept_pages: list[mmap.mmap] = []  # as long as the process: a read that is stuck may still write there
+
+
+class Workers:
+    """Daemon threads that run jobs side by side: a new one whenever none is idle. Start jobs from one thread only."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def start(self, job: Callable[[Any], Any], subject: Any, results: queue.SimpleQueue[Any]) -> None:
+        """Runs ``job(subject)`` on a thread of its own and puts (subject, result, None) or (subject, None, what was
+        raised) into ``results``. Returns at once.
+        """
+        if not self._idle.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            except RuntimeError as error:  # the process has no thread left
+                results.put((subject, None, error))
+                return
+        self._jobs.put((job, subject, results))
+
+    def release_idle(self) -> None:
+        """Ends the threads that have nothing to do."""
+        while self._idle.acquire(blocking=False):
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (work := self._jobs.get()) is not None:
+            job, subject, results = work
+            try:
+                outcome: tuple[Any, Any, Optional[BaseException]] = (subject, job(subject), None)
+            except BaseException as error:  # whatever an engine raises, the next session goes on
+                outcome = (subject, None, error)
+            results.put(outcome)
+            del work, job, subject, results, outcome
+            self._idle.release()

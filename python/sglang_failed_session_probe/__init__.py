@@ -1,0 +1,32 @@
+"""How does the patch get into a running SGLang? Imported at interpreter start, so it costs nothing when it is off."""
+
+import os
+
+_SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+# SGLang itself knows fewer words than we allow; it reads 1 and 0.
+_ON_WORDS = ("true", "1", "yes", "y", "on")
+_OFF_WORDS = ("false", "0", "no", "n", "off")
+
+
+def activate() -> None:
+    """Puts the patch into SGLang if the switch is on: now where SGLang is imported already, else when it is.
+
+    Both doors call this: the plugin entry point and the .pth file. May be called again. Imports SGLang never.
+    """
+    value = os.environ.get(_SWITCH, "").strip().lower()
+    if value in _ON_WORDS:
+        os.environ[_SWITCH] = "1"
+    elif value in _OFF_WORDS:
+        os.environ[_SWITCH] = "0"
+    # Any other value goes on, and stops the prefill node with a sentence when its manager is made.
+    if value and value not in _OFF_WORDS:
+        from sglang_failed_session_probe import patch
+
+        patch.install()
+
+
+def deactivate() -> None:
+    """Gives SGLang its own classes back. Managers that were made meanwhile keep their probe."""
+    from sglang_failed_session_probe import patch
+
+    patch.uninstall()

@@ -1,0 +1,167 @@
+"""Which of SGLang's modules are changed, when, and how is each change taken back?
+
+A file of ours that SGLang has too runs in SGLang's own module of that name, right after SGLang's own code. A file that
+SGLang does not have is a new module there.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import logging
+import pathlib
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import wrapt
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_ENGINE_FILE = "sglang/srt/distributed/device_communicators/mooncake_transfer_engine.py"
+
+# What each of our files gives to SGLang's module: patch_failed_session_probe(patch, names of the module).
+_ENTRY = "patch_failed_session_probe"
+
+# SGLang's module, our file, and the class that must be there, or None where the file does without.
+_PATCHED: dict[str, tuple[str, Optional[str]]] = {
+    "sglang.srt.environ": ("sglang/srt/environ.py", None),
+    "sglang.srt.distributed.device_communicators.mooncake_transfer_engine": (_ENGINE_FILE, "MooncakeTransferEngine"),
+    "sglang.srt.disaggregation.mooncake.transfer_engine": (_ENGINE_FILE, "MooncakeTransferEngine"),  # to 0.5.8.post1
+    "sglang.srt.disaggregation.mooncake.conn": ("sglang/srt/disaggregation/mooncake/conn.py", "MooncakeKVManager"),
+}
+
+
+def source_folder() -> pathlib.Path:
+    """The folder that holds our ``sglang`` tree: inside the package in a wheel, beside it in a checkout."""
+    packed = _PACKAGE / "python"
+    return packed if packed.is_dir() else _PACKAGE.parent
+
+
+class _NewModules(importlib.abc.MetaPathFinder):
+    """Finds those of our modules that SGLang does not have. Last in line, so what SGLang has is SGLang's."""
+
+    def find_spec(
+        self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[types.ModuleType] = None
+    ) -> Optional[importlib.machinery.ModuleSpec]:
+        if not fullname.startswith("sglang."):
+            return None
+        place = source_folder() / fullname.replace(".", "/")
+        file = place.with_suffix(".py")
+        if file.is_file():
+            return importlib.util.spec_from_file_location(fullname, file)
+        if place.is_dir():
+            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+            spec.submodule_search_locations = [str(place)]
+            return spec
+        return None
+
+
+class _Patch:
+    """All that was changed in this process, so that it can be taken back."""
+
+    def __init__(self) -> None:
+        self.active = True
+        self.changed: set[str] = set()
+        self._undo: list[tuple[Any, str, object]] = []
+
+    def replace(self, owner: Any, name: str, value: object) -> None:
+        """Sets an attribute; ``uninstall`` gives it its old value back, or takes it away."""
+        self._undo.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, value)
+
+    def give_up(self, missing: str) -> None:
+        """Takes everything back and says, once, what this release lacks."""
+        if self.active:
+            self.take_back()
+            logger.error(
+                "Failed-session probe is NOT active: SGLang %s has no %s. SGLang runs on unpatched; "
+                "look for a release of sglang-failed-session-probe that supports it",
+                self.sglang_version(),
+                missing,
+            )
+
+    def take_back(self) -> None:
+        """Undoes every change, the last one first."""
+        self.active = False
+        while self._undo:
+            owner, name, before = self._undo.pop()
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def sglang_version(self) -> str:
+        """The release of SGLang in this process."""
+        return getattr(sys.modules.get("sglang"), "__version__", "of unknown version")
+
+
+_ABSENT = object()
+_new_modules = _NewModules()
+_patch: Optional[_Patch] = None
+
+
+def install() -> None:
+    """Has every module of SGLang that we change changed when it is imported, or now. May be called again."""
+    global _patch
+    if _patch is not None:
+        return
+    _patch = _Patch()
+    sys.meta_path.append(_new_modules)
+    for name in _PATCHED:
+        wrapt.register_post_import_hook(_change, name)
+
+
+def uninstall() -> None:
+    """Takes back what ``install`` has done; hooks that have not run yet do nothing."""
+    global _patch
+    if _patch is not None:
+        _patch.take_back()
+        _patch = None
+        sys.meta_path.remove(_new_modules)
+
+
+def _change(module: types.ModuleType) -> None:
+    """Runs our file in SGLang's module. Import hooks call this: nothing may escape it."""
+    patch = _patch
+    file, wanted = _PATCHED[module.__name__]
+    source = source_folder() / file
+    if patch is None or not patch.active or module.__name__ in patch.changed:
+        return
+    if module.__file__ == str(source):
+        return  # SGLang has no such module: this is our own
+    if wanted is not None and not hasattr(module, wanted):
+        patch.give_up(f"{module.__name__}.{wanted}")
+        return
+    patch.changed.add(module.__name__)
+    try:
+        if _ENTRY not in vars(module):
+            _run_in(module, source)
+        vars(module)[_ENTRY](patch, vars(module))
+    except Exception:
+        patch.take_back()
+        logger.exception(
+            "Failed-session probe is NOT active: it does not fit %s of SGLang %s, which runs on unpatched",
+            module.__name__,
+            patch.sglang_version(),
+        )
+
+
+def _run_in(module: types.ModuleType, source: pathlib.Path) -> None:
+    """Runs the file in the module; leaves the module as it was if that raises or changes a name that was there."""
+    names = vars(module)
+    before = dict(names)
+    try:
+        exec(compile(source.read_bytes(), str(source), "exec", dont_inherit=True), names)
+        names["__doc__"] = before["__doc__"]
+        taken = sorted(name for name in before if names.get(name) is not before[name])
+        if taken:
+            raise RuntimeError(f"{module.__name__} has names of its own that this file needs: {', '.join(taken)}")
+    except Exception:
+        for name in names.keys() - before.keys():
+            del names[name]
+        names.update(before)
+        raise
