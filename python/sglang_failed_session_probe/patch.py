@@ -47,8 +47,9 @@ class _NewModules(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[types.ModuleType] = None
     ) -> Optional[importlib.machinery.ModuleSpec]:
-        if not fullname.startswith("sglang."):
-            return None
+        _, wanted = _PATCHED.get(fullname, ("", None))
+        if not fullname.startswith("sglang.") or wanted is not None:
+            return None  # a file that changes a class of SGLang's is no module without it
         place = source_folder() / fullname.replace(".", "/")
         file = place.with_suffix(".py")
         if file.is_file():
