@@ -47,6 +47,7 @@ BATCH = 32
 
 _SESSION_ID = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([1-9][0-9]{0,4})")
 _NEVER = float("inf")
+_in_set = set.__contains__  # looked up once: `in` runs for every chunk
 
 
 def is_session_id(session: object) -> bool:
@@ -236,7 +237,7 @@ class FailedSessions(set[Any]):
         """True if the session is blacklisted. Notes that a request asked for it."""
         if session in self._tracked:
             self._hear(self._requested, session)
-        return set.__contains__(self, session)
+        return _in_set(self, session)
 
     # What the daemon thread calls.
 
@@ -263,12 +264,13 @@ class FailedSessions(set[Any]):
         """
         if not len(self):
             return None
+        now = self._clock()
         moments = [heap[0][0] for heap in (self._schedule, self._end_checks) if heap]
         moments += [question.asked_at + STUCK_AFTER_S for question in itertools.islice(self._young, 1)]
         if self._to_verify:
-            moments += [question.asked_at + STUCK_AFTER_S for question in self._verifications]
-        now = self._clock()
-        return max(0.0, min(moments) - now)
+            free_at = (question.asked_at + STUCK_AFTER_S for question in self._verifications)
+            moments += [at for at in free_at if at > now]
+        return max(0.0, min(moments) - now) if moments else None
 
     def answered(self, question: Question, answered: bool) -> None:
         """A probe came back, ``answered`` if with rc 0."""
