@@ -141,7 +141,8 @@ def _change(module: types.ModuleType) -> None:
     try:
         if _ENTRY not in vars(module):
             _run_in(module, source)
-        vars(module)[_ENTRY](patch, vars(module))
+        if patch.active:  # what the file imports may have given up meanwhile
+            vars(module)[_ENTRY](patch, vars(module))
     except Exception:
         patch.take_back()
         logger.exception(

@@ -41,6 +41,7 @@ if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has it
     from sglang.srt.observability.failed_session_metrics import FAILED_SESSION_RECOVERIES
 
 _PROBE_THREAD = "MooncakeFailedSessionProbe"
+_WORKER_THREAD = "MooncakeSessionWorker"
 # At a stop, how long probes that are about to return are waited for (a live peer takes 0.5 ms).
 _STOP_GRACE_S = 0.2
 # Answers handed over in one hold of session_lock, which is to take microseconds.
@@ -76,7 +77,6 @@ class _FailedSessionProber:
         self._engine = manager.engine
         self._lock = manager.session_lock
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._workers = _session_probe.Workers("MooncakeSessionWorker")
         self._reader = _session_probe.MemoryReader(manager.engine, lambda: getattr(manager, "decode_kv_args_table", {}))
         self._thread: Optional[threading.Thread] = None
         self._raising: set[str] = set()  # sessions whose probes raise, each said once
@@ -93,12 +93,13 @@ class _FailedSessionProber:
         """The body of the daemon thread; returns when ``shutdown`` is set."""
         self._thread = threading.current_thread()
         atexit.register(self.stop)
+        workers = _session_probe.Workers(_WORKER_THREAD)
         logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():
             try:
-                _, wait_s = self._start_due(self._inbox)
+                _, wait_s = self._start_due(workers, self._inbox)
                 if wait_s is None:
-                    self._workers.release_idle()
+                    workers.release_idle()
                 self._hand_over(self._inbox, wait_s)
             except Exception:
                 if not self._fault_said:
@@ -108,7 +109,7 @@ class _FailedSessionProber:
         deadline = time.monotonic() + _STOP_GRACE_S
         while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
             self._hand_over(self._inbox, left_s)
-        self._workers.release_idle()
+        workers.close()
         atexit.unregister(self.stop)
 
     def stop(self) -> None:
@@ -118,26 +119,31 @@ class _FailedSessionProber:
             self._thread.join(timeout=0.5)
 
     def run_pass(self) -> None:
-        """Asks side by side what is due; returns when all have answered. Any thread, no lock held."""
+        """Asks side by side what is due now; returns when all have answered. Any thread, no lock held."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        out, wait_s = self._start_due(answers)
+        workers = _session_probe.Workers(_WORKER_THREAD)
+        due_by = time.monotonic()
+        out, _ = self._start_due(workers, answers, due_by)
         while out:
-            out -= self._hand_over(answers, wait_s)
-            started, wait_s = self._start_due(answers)
+            out -= self._hand_over(answers, _blacklist.STUCK_AFTER_S)  # when the next in line may have a place
+            started, _ = self._start_due(workers, answers, due_by)
             out += started
+        workers.close()
 
-    def _start_due(self, answers: queue.SimpleQueue[Any]) -> tuple[int, Optional[float]]:
+    def _start_due(
+        self, workers: _session_probe.Workers, answers: queue.SimpleQueue[Any], due_by: float = float("inf")
+    ) -> tuple[int, Optional[float]]:
         """Starts what is due. Gives how many, and the seconds until more is, None while nothing is blacklisted."""
         started = 0
         while True:
             with self._lock:
-                questions = self.sessions.take_due()
+                questions = [] if self.shutdown.is_set() else self.sessions.take_due(due_by)
                 wait_s = None if questions else self.sessions.next_due_in()
             self._report()
             if not questions:
                 return started, wait_s
             for question in questions:
-                self._workers.start(self._look, question, answers)
+                workers.start(self._look, question, answers)
             started += len(questions)
 
     def _look(self, question: _blacklist.Question) -> Any:
@@ -235,7 +241,7 @@ def _run_bare_pass(manager: Any) -> None:
         for session in counts.keys() & failures.keys():
             counts[session] = failures[session] = _FailureCount(failures[session])
     unasked = _blacklist.FailedSessions(FailedSessionProbeSettings(), counts)
-    workers = _session_probe.Workers("MooncakeSessionWorker")
+    workers = _session_probe.Workers(_WORKER_THREAD)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     while len(unasked):
         for question in unasked.take_due():
@@ -253,7 +259,7 @@ def _run_bare_pass(manager: Any) -> None:
                     failures.pop(session, None)
             if back:
                 _count_recovery(session)
-    workers.release_idle()
+    workers.close()
 
 
 # What MooncakeKVManager gets, beside SGLang and alone.

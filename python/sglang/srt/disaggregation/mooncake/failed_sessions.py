@@ -31,7 +31,8 @@ GAP_SHARE_OF_OUTAGE = 0.1
 GAP_JITTER = 0.1
 # A live peer answers within 0.5 ms (p99), a dropped connection attempt ends after 5 s: 2 s tells them apart.
 STUCK_AFTER_S = 2.0
-# Stuck probes, a thread each: well below the process limit of a pod. The last places are for fresh failures.
+# Stuck probes, a thread each: well below the process limit of a pod. The last places are for peers that were prompt the
+# last time, as many before those for fresh failures.
 STUCK_LIMIT = 256
 STUCK_RESERVE = 16
 # A transfer may take 30 s to fail (Mooncake's default), so twice that without a failure is a quiet spell.
@@ -100,7 +101,7 @@ class _Session:
         "has_end_check",  # an entry in _end_checks
         "hold_until",
         "id",
-        "prompt",  # the last probe in this generation came back before it was stuck
+        "prompt",  # the last probe in this generation was answered, or came back before it was stuck
         "refused",  # how often a request asked for it in vain
         "relapses",
         "requested_at",
@@ -137,11 +138,8 @@ class _Session:
     def begin_probation(self) -> None:
         self.blacklisted = False
         self.due_at = _NEVER
+        self.waits_for_verification = False
         self.used_at: Optional[float] = None
-
-    def probation_is_over(self, now: float) -> bool:
-        """True once it has been in use for PROBATION_S without a failure."""
-        return self.used_at is not None and now - self.used_at >= PROBATION_S
 
 
 class FailedSessions(set[Any]):
@@ -241,12 +239,15 @@ class FailedSessions(set[Any]):
 
     # What the daemon thread calls.
 
-    def take_due(self) -> list[Question]:
-        """What to ask now, BATCH at most. Each question must come back in ``answered`` or ``verified``."""
+    def take_due(self, due_by: float = _NEVER) -> list[Question]:
+        """What to ask now, BATCH at most. Each question must come back in ``answered`` or ``verified``.
+
+        What falls due later than ``due_by`` (by the clock) is left alone.
+        """
         now = self._clock()
         self._note_stuck(now)
         self._end_idle_and_quiet(now)
-        self._line_up_due(now)
+        self._line_up_due(min(now, due_by))
         questions: list[Question] = []
         while len(questions) < BATCH:
             record = self._next_to_verify(now)
@@ -279,7 +280,7 @@ class FailedSessions(set[Any]):
         record = self._still_asked_about(question, now)
         if record is None:
             return
-        record.prompt = prompt
+        record.prompt = prompt or answered
         if answered:
             self._heard_from(record, now)
         else:
@@ -321,7 +322,7 @@ class FailedSessions(set[Any]):
     def _failed(self, session: Any) -> None:
         now = self._clock()
         record = self._tracked.get(session)
-        if record is None or (not record.blacklisted and record.probation_is_over(now)):
+        if record is None or (not record.blacklisted and now >= self._ends_at(record)):
             record = self._tracked[session] = _Session(session)
             record.begin_outage(now, hold_s=0.0)
             self._tell(Event.BLACKLISTED, session)
@@ -349,10 +350,10 @@ class FailedSessions(set[Any]):
         if record.blacklisted:
             record.requested_at = now
             record.refused += 1
+        elif now >= self._ends_at(record):  # this request tells: no timer runs for it
+            self._probation_ends(record)
         elif record.used_at is None:
             record.used_at = now
-        elif record.probation_is_over(now):  # told by this request: no timer runs for it
-            self._quiet_spell_is_over(record)
 
     def _tell(self, event: Event, session: Any, **details: Any) -> None:
         self.events.append((event, session, details))
@@ -398,8 +399,8 @@ class FailedSessions(set[Any]):
         outage_s = now - record.blacklisted_at
         self._tell(Event.RECOVERED, record.id, outage_s=outage_s, refused=record.refused, unverified=unverified)
 
-    def _quiet_spell_is_over(self, record: _Session) -> None:
-        if not (record.unreadable and self.verifying):
+    def _probation_ends(self, record: _Session) -> None:
+        if record.used_at is None or not (record.unreadable and self.verifying):
             self._end_probation(record, reads_prove_nothing=False)
         elif not record.waits_for_verification:  # in use and healthy: can its memory still not be read?
             record.waits_for_verification = True
@@ -435,7 +436,10 @@ class FailedSessions(set[Any]):
             if at == record.due_at and self._is_blacklisted(record) and record.id not in self._asked:
                 record.due_at = _NEVER
                 record.waits_for_probe = True
-                (self._prompt if record.prompt else self._unproven).append(record)
+                if record.answered_since is not None:
+                    self._prompt.appendleft(record)  # it is back: first in line
+                else:
+                    (self._prompt if record.prompt else self._unproven).append(record)
 
     def _line_up_to_verify(self, record: _Session, now: float) -> None:
         if not record.waits_for_verification:
@@ -449,7 +453,7 @@ class FailedSessions(set[Any]):
             heapq.heappush(self._end_checks, (self._ends_at(record), next(self._ties), record))
 
     def _ends_at(self, record: _Session) -> float:
-        """When the session is forgotten if nothing happens: nobody asked for it, or its quiet spell is over."""
+        """When it is forgotten if nothing happens: PROBATION_S after its first use, or when nobody asks for it."""
         if not record.blacklisted and record.used_at is not None:
             return record.used_at + PROBATION_S
         return record.requested_at + self._settings.idle_timeout_s
@@ -466,10 +470,8 @@ class FailedSessions(set[Any]):
                 self._check_end(record)
             elif record.blacklisted:
                 self._drop(record, now)
-            elif record.used_at is None:
-                self._forget(record.id)
             else:
-                self._quiet_spell_is_over(record)
+                self._probation_ends(record)
 
     def _drop(self, record: _Session, now: float) -> None:
         super().discard(record.id)
@@ -503,7 +505,8 @@ class FailedSessions(set[Any]):
         return pick(now) or other(now)
 
     def _next_prompt(self, now: float) -> Optional[_Session]:
-        while self._prompt and len(self._young) < self._settings.concurrency:
+        free = len(self._young) < self._settings.concurrency and self._stuck < STUCK_LIMIT
+        while free and self._prompt:
             record = self._prompt.popleft()
             if self._still_waits(record):
                 return record
@@ -513,9 +516,9 @@ class FailedSessions(set[Any]):
         """The newest and the oldest in turn: a fresh failure is likeliest to be over, and nobody waits for ever."""
         concurrency = self._settings.concurrency
         free = len(self._young) < concurrency and self._young_unproven < concurrency - concurrency // 4
-        while free and self._unproven and self._stuck < STUCK_LIMIT:
+        while free and self._unproven and self._stuck < STUCK_LIMIT - STUCK_RESERVE:
             newest = self._newest_next
-            if self._stuck >= STUCK_LIMIT - STUCK_RESERVE:
+            if self._stuck >= STUCK_LIMIT - 2 * STUCK_RESERVE:
                 if now - self._unproven[-1].failed_at >= STUCK_AFTER_S:
                     return None
                 newest = True

@@ -124,6 +124,7 @@ class Workers:
         self._name = name
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
+        self._closed = False
 
     def start(self, job: Callable[[Any], Any], subject: Any, results: queue.SimpleQueue[Any]) -> None:
         """Runs ``job(subject)`` on a thread of its own and puts (subject, result, None) or (subject, None, what was
@@ -142,6 +143,11 @@ class Workers:
         while self._idle.acquire(blocking=False):
             self._jobs.put(None)
 
+    def close(self) -> None:
+        """Ends every thread as soon as it has nothing to do. Start no job after this."""
+        self._closed = True
+        self._jobs.put(None)
+
     def _work(self) -> None:
         while (work := self._jobs.get()) is not None:
             job, subject, results = work
@@ -152,3 +158,5 @@ class Workers:
             results.put(outcome)
             del work, job, subject, results, outcome
             self._idle.release()
+        if self._closed:
+            self._jobs.put(None)  # for the next
