@@ -155,8 +155,8 @@ class Workers:
                 outcome: tuple[Any, Any, Optional[BaseException]] = (subject, job(subject), None)
             except BaseException as error:  # whatever an engine raises, the next session goes on
                 outcome = (subject, None, error)
+            self._idle.release()  # first: who hears the result may count on this thread
             results.put(outcome)
             del work, job, subject, results, outcome
-            self._idle.release()
         if self._closed:
             self._jobs.put(None)  # for the next
