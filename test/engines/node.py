@@ -178,7 +178,6 @@ def why_no_network() -> str:
 def serve(role: str) -> None:
     """The body of the process."""
     from prometheus_client import REGISTRY
-
     from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager, PeerMemory
 
     memory = (ctypes.c_char * MEMORY)()

@@ -1,0 +1,8 @@
+# The two demos; SGLANG_VERSION=0.5.12.post1 make demo takes another release of SGLang.
+
+.PHONY: demo demo-quick
+demo: ## real SGLang servers on the CPU: a blacklisted session heals, and does not without the feature
+	@$(PYTHON) -m demo.full
+
+demo-quick: ## the same on bare Mooncake engines, without SGLang or torch
+	@$(PYTHON) -m demo.quick

@@ -1,0 +1,168 @@
+"""How do a real prefill and a real decode server of SGLang run on a CPU, with Mooncake over TCP on loopback?"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+
+from . import loopback
+from .answers import Pending
+from .processes import Failure, Process, uninterrupted
+from .scenario import Report
+from .settings import node_variables
+
+READY_DEADLINE_S = 300.0
+# After this long the decode server has told prefill where the request's blocks go; nothing outside shows when.
+HANDOVER_S = 1.5
+STUBS = pathlib.Path(__file__).resolve().parent.parent / "tools" / "cpu_stubs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ports:
+    """The ports of a pair on 127.0.0.1."""
+
+    prefill: int
+    decode: int
+    bootstrap: int
+    prefill_group: int
+    decode_group: int
+
+
+class ServerPair:
+    """A prefill and a decode server that are ready, as a Pair of the scenario."""
+
+    def __init__(self, prefill: Process, decode: Process, ports: Ports) -> None:
+        self.log = prefill.log
+        self._prefill, self._decode = prefill, decode
+        self._ports = ports
+        self._scheduler = decode.member("sglang::scheduler")
+
+    def request(self) -> Pending:
+        """Send a request to both servers, as a router does."""
+        return Pending(lambda: self._through_both(self._body()))
+
+    def wedged_request(self) -> Pending:
+        """Send a request to decode, stop the scheduler there once it waits for its blocks, then send it to prefill."""
+        body = self._body()
+        Pending(lambda: loopback.generate(self._ports.decode, body))
+        time.sleep(HANDOVER_S)
+        self._decode.stop(self._scheduler)
+        return Pending(lambda: loopback.generate(self._ports.prefill, body))
+
+    def continue_decode(self) -> None:
+        """Let the decode scheduler go on."""
+        self._decode.go_on(self._scheduler)
+
+    def recoveries(self) -> float | None:
+        """The counter as prefill's /metrics has it, over all of its processes; None if it is not there."""
+        return loopback.counter(self._ports.prefill)
+
+    def check(self) -> None:
+        """Raise Failure if either server has ended."""
+        self._prefill.check()
+        self._decode.check()
+
+    def _through_both(self, body: dict[str, object]) -> tuple[bool, str]:
+        decode = Pending(lambda: loopback.generate(self._ports.decode, body))
+        served, text = loopback.generate(self._ports.prefill, body)
+        answer = decode.wait(loopback.GENERATE_DEADLINE_S)
+        if not served or answer is None:
+            return False, text
+        return answer.served, answer.text
+
+    def _body(self) -> dict[str, object]:
+        return {
+            "input_ids": [5, 6, 7, 8, 9, 10],
+            "sampling_params": {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True},
+            "bootstrap_host": "127.0.0.1",
+            "bootstrap_port": self._ports.bootstrap,
+            "bootstrap_room": random.getrandbits(62),
+        }
+
+
+@contextlib.contextmanager
+def running(
+    python: pathlib.Path, release: str, feature: bool, model: pathlib.Path, logs: pathlib.Path, report: Report
+) -> Iterator[ServerPair]:
+    """Run a pair of SGLang `release` with the python that has it; both are ready when the block begins.
+
+    SWITCH is 1 or 0 on prefill, by `feature`. The servers' logs go to the folder `logs`.
+    Raises Failure if one does not get ready in READY_DEADLINE_S.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    ports = Ports(*loopback.free_ports(len(dataclasses.fields(Ports))))
+    with contextlib.ExitStack() as stack:
+        # Not in `logs`: the names of Unix sockets must stay short.
+        temporary = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pd-")))
+        servers = []
+        for role in ("prefill", "decode"):
+            command = [str(python), *_arguments(role, release, ports, model)]
+            variables = _variables(temporary, feature if role == "prefill" else None)
+            with uninterrupted():
+                servers.append(stack.enter_context(Process(role, command, variables, logs / f"{role}.log")))
+        _wait_until_ready(servers, ports, report)
+        yield ServerPair(servers[0], servers[1], ports)
+
+
+def _arguments(role: str, release: str, ports: Ports, model: pathlib.Path) -> list[str]:
+    port, group = (ports.prefill, ports.prefill_group) if role == "prefill" else (ports.decode, ports.decode_group)
+    options = {
+        "model-path": str(model),
+        "device": "cpu",
+        "attention-backend": "torch_native",
+        "sampling-backend": "pytorch",
+        "grammar-backend": "none",
+        "host": "127.0.0.1",
+        "port": str(port),
+        "nccl-port": str(group),
+        "max-total-tokens": "4096",
+        "max-running-requests": "4",
+        "disaggregation-mode": role,
+        "disaggregation-transfer-backend": "mooncake",
+        "disaggregation-bootstrap-port": str(ports.bootstrap),
+    }
+    switches = ["skip-server-warmup", "skip-tokenizer-init", "disable-radix-cache", "disable-overlap-schedule"]
+    if role == "prefill":
+        switches.append("enable-metrics")
+    elif _numbers(release) >= (0, 5, 20):
+        options["disaggregation-decode-retraction-backup"] = "cpu_tensor"  # the default needs CUDA
+    pairs = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return ["-m", "sglang.launch_server", *pairs, *(f"--{name}" for name in switches)]
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """0.5.12.post1 is (0, 5, 12)."""
+    return tuple(int(part) for part in release.split(".")[:3] if part.isdigit())
+
+
+def _variables(temporary: pathlib.Path, feature: bool | None) -> dict[str, str]:
+    return {
+        **node_variables(feature),
+        "PYTHONPATH": str(STUBS),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary),
+    }
+
+
+def _wait_until_ready(servers: list[Process], ports: Ports, report: Report) -> None:
+    started = time.monotonic()
+    waiting = {server.name: server for server in servers}
+    while waiting:
+        for name, server in list(waiting.items()):
+            server.check()
+            if loopback.is_healthy(ports.prefill if name == "prefill" else ports.decode):
+                del waiting[name]
+        passed = time.monotonic() - started
+        if waiting and passed > READY_DEADLINE_S:
+            late = next(iter(waiting.values()))
+            raise Failure(f"the {late.name} server is not ready after {READY_DEADLINE_S:.0f} s", late.log)
+        report.status(f"waiting for {' and '.join(waiting)} to be ready: {passed:.0f} s")
+        time.sleep(0.25)

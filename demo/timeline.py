@@ -1,0 +1,92 @@
+"""How does a demo look to the person who watches it? A timeline, a live status line while it waits, a closing table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from .scenario import WATCH_S, Outcome
+
+_BOLD, _GREEN, _RED, _DIM, _PLAIN = "\033[1m", "\033[32m", "\033[31m", "\033[2m", "\033[0m"
+_REDRAW_S = 0.1
+
+
+class Timeline:
+    """Prints what happens, each line with the seconds since the beginning. A Report of the scenario.
+
+    Colours and the status line are for terminals; elsewhere the same lines come plain.
+    """
+
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._coloured = self._live and "NO_COLOR" not in os.environ
+        self._started = time.monotonic()
+        self._drawn = 0.0
+
+    def heading(self, text: str) -> None:
+        """Begin a part of the story."""
+        self._line(f"\n{self._in(_BOLD, text)}")
+
+    def event(self, who: str, what: str) -> None:
+        """Print a line of the timeline."""
+        colour = _RED if "FAILED" in what or "SIGSTOP" in what else _GREEN if "served" in what else ""
+        self._line(f"{self._in(_DIM, f'{self._passed():7.1f} s')}  {who:<10}  {self._in(colour, what)}")
+
+    def status(self, what: str) -> None:
+        """Say what is being waited for, in one line that the next line replaces."""
+        if self._live and time.monotonic() - self._drawn > _REDRAW_S:
+            self._drawn = time.monotonic()
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r\033[K" + self._in(_DIM, f"{self._passed():7.1f} s  ... {what}"[:width]))
+            self._stream.flush()
+
+    def table(self, on: Outcome, off: Outcome) -> None:
+        """Print both outcomes side by side."""
+        rows = [["", "with the feature", "without"], *_rows(on, off)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        self._line("\n" + self._in(_BOLD, lines[0]))
+        for line in ("  ".join("-" * width for width in widths), *lines[1:]):
+            self._line(line)
+
+    def verdict(self, problems: Sequence[str]) -> None:
+        """Print what was not seen, or that all of it was."""
+        for problem in problems:
+            self._line(self._in(_RED, problem))
+        if not problems:
+            self._line("\n" + self._in(_GREEN, f"All of it was seen, in {self._passed():.0f} s."))
+
+    def note(self, text: str) -> None:
+        """Print lines that are not part of the story."""
+        self._line(f"\n{text}")
+
+    def _passed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _in(self, colour: str, text: str) -> str:
+        return f"{colour}{text}{_PLAIN}" if self._coloured and colour else text
+
+    def _line(self, text: str) -> None:
+        print(("\r\033[K" if self._live else "") + text, file=self._stream, flush=True)
+
+
+def _rows(*outcomes: Outcome) -> list[list[str]]:
+    cells: dict[str, Callable[[Outcome], str]] = {
+        "request before the fault": lambda seen: "served" if seen.first.served else "failed",
+        "request during the fault": lambda seen: "served" if seen.wedged.served else "failed",
+        "request after the fault": lambda seen: "failed" if seen.served_after_s is None else "served",
+        "served again after SIGCONT": _served_again,
+        "failed requests": lambda seen: str(seen.failed_requests),
+        "recoveries on /metrics": lambda seen: "not there" if seen.recoveries is None else f"{seen.recoveries:g}",
+    }
+    return [[label, *map(cell, outcomes)] for label, cell in cells.items()]
+
+
+def _served_again(outcome: Outcome) -> str:
+    after_s = outcome.served_after_s
+    return f"still dead after {WATCH_S:.0f} s" if after_s is None else f"{after_s:.2f} s"
