@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import re
 import socket
 import urllib.error
 import urllib.request
 
+from .processes import Failure
 from .scenario import COUNTER
 
 GENERATE_DEADLINE_S = 50.0
+# Above Mooncake's own, below those that the kernel gives to clients; SGLang 0.5.12 wants port + 10000 to be one, too.
+_PORTS = range(20000, 32000)
 # Straight to 127.0.0.1, whatever http_proxy says.
 _HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 on which nothing listens now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Ports of 127.0.0.1 on which nothing listens now, all different. Raises Failure if there are too few."""
+    free: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise Failure(f"fewer than {count} free ports from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def is_healthy(port: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import time
 from typing import Protocol
 
@@ -91,8 +92,9 @@ class Outcome:
 
 def play(pair: Pair, feature: bool, report: Report) -> Outcome:
     """Tell the story on `pair`, whose prefill has the feature on or off. Raises Failure if a process ends by itself."""
-    active = [line for line in pair.log.read_text(errors="replace").splitlines() if ACTIVE in line]
-    report.event("prefill", active[0][active[0].index(ACTIVE) :] if active else "runs without our probe")
+    said = re.findall(r"Failed-session probe is .*", pair.log.read_text(errors="replace"))
+    active = any(line.startswith(ACTIVE) for line in said)
+    report.event("prefill", said[-1] if said else "says nothing of a failed-session probe")
     first = _wait(pair, pair.request(), report, "request 1")
     report.event("request 1", _said(first))
     pending = pair.wedged_request()
@@ -105,7 +107,7 @@ def play(pair: Pair, feature: bool, report: Report) -> Outcome:
     recoveries = _recoveries(pair, feature)
     report.event("metrics", f"{COUNTER} {'is not there' if recoveries is None else f'{recoveries:g}'}")
     failed += not wedged.served
-    return Outcome(feature, bool(active), first, wedged, refused, failed, served_after_s, recoveries)
+    return Outcome(feature, active, first, wedged, refused, failed, served_after_s, recoveries)
 
 
 def _watch(pair: Pair, report: Report) -> tuple[Answer | None, int, float | None]:

@@ -70,10 +70,10 @@ class ServerPair:
     def _through_both(self, body: dict[str, object]) -> tuple[bool, str]:
         decode = Pending(lambda: loopback.generate(self._ports.decode, body))
         served, text = loopback.generate(self._ports.prefill, body)
-        answer = decode.wait(loopback.GENERATE_DEADLINE_S)
-        if not served or answer is None:
+        if not served:
             return False, text
-        return answer.served, answer.text
+        answer = decode.wait(loopback.GENERATE_DEADLINE_S)
+        return (answer.served, answer.text) if answer else (False, "decode does not answer")
 
     def _body(self) -> dict[str, object]:
         return {

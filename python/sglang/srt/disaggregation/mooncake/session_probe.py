@@ -47,7 +47,7 @@ def ask(engine: Any, session: str) -> int:
 
     Blocks for up to a minute and longer; hold no lock. Whatever the engine raises is raised.
     """
-    send_probe = getattr(engine, "send_probe", None)
+    send_probe = getattr(engine, "send_probe", None) or getattr(mooncake_engine(engine), "send_probe", None)
     if send_probe is None:
         return -1
     rc = send_probe(session)

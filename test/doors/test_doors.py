@@ -1,0 +1,66 @@
+"""Does each door alone let our package into SGLang, wherever the two lie?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable
+
+import pytest
+from places import Place
+
+PROCESS = pathlib.Path(__file__).with_name("door_process.py")
+ON = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "1"}
+RELEASES = ["0.5.10.post1", "0.5.12.post1", "0.5.23"]
+
+
+@pytest.mark.parametrize(
+    ("release", "package", "sglang", "door"),
+    [
+        ("0.5.23", "wheel", "installed", ".pth"),
+        ("0.5.23", "wheel", "installed", "entry point"),
+        ("0.5.23", "editable", "installed", ".pth"),
+        ("0.5.23", "editable", "installed", "entry point"),
+        ("0.5.23", "editable", "by finder", ".pth"),
+        ("0.5.23", "editable", "by path", ".pth"),
+        ("0.5.12.post1", "wheel", "by finder", "entry point"),
+        ("0.5.10.post1", "editable", "by path", ".pth"),
+    ],
+)
+def test_the_probe_is_active_through_either_door(
+    place_with: Callable[..., Place], release: str, package: str, sglang: str, door: str
+) -> None:
+    place = place_with(f"sglang-{release}", package, sglang)
+    plugins = door == "entry point"
+    with place.without_pth_door() if plugins else contextlib.nullcontext():
+        found = json.loads(place.run(PROCESS, "active", *(["plugins"] if plugins else []), **ON).stdout)
+    for module in ("sglang", "conn"):
+        assert pathlib.Path(found[module]).is_relative_to(place.sglang), f"{module} is not SGLang's own"
+    for method in ("pass", "send_probe"):
+        assert pathlib.Path(found[method]).is_relative_to(place.ours), f"{method} is not ours"
+    assert found["knows_our_settings"]
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def undone(request: pytest.FixtureRequest, place_with: Callable[..., Place]) -> dict[str, list[str]]:
+    """What activate() and deactivate() have changed in a process that had imported the stock connector."""
+    return json.loads(place_with(f"sglang-{request.param}", "wheel").run(PROCESS, "undone").stdout)
+
+
+def test_running_our_files_in_sglangs_modules_changes_no_global_of_theirs(undone: dict[str, list[str]]) -> None:
+    assert undone["globals"] == []
+
+
+def test_a_second_activation_changes_nothing(undone: dict[str, list[str]]) -> None:
+    assert undone["by_a_second_activation"] == []
+
+
+def test_deactivation_gives_back_every_attribute_of_every_class_and_of_envs(undone: dict[str, list[str]]) -> None:
+    assert undone["left_after_deactivation"] == []
+    assert undone["lost_after_deactivation"] == []
+
+
+def test_it_can_be_activated_and_deactivated_again(undone: dict[str, list[str]]) -> None:
+    assert undone["missing_after_reactivation"] == []
+    assert undone["left_at_the_end"] == []

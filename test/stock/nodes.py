@@ -1,0 +1,204 @@
+"""How does a test drive stock managers? A Node is one process with a manager; functions play a request between two."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import queue
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+PROGRAM = pathlib.Path(__file__).with_name("manager_process.py")
+START_DEADLINE_S = 300.0
+ANSWER_DEADLINE_S = 60.0
+TRANSFER_TIMEOUT_S = 5  # the least that Mooncake takes for MC_TRANSFER_TIMEOUT
+ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+SOURCE_PAGES = [3, 4, 9, 10, 11]
+TARGET_PAGES = [20, 21, 40, 5, 6]
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """This process's environment without settings of SGLang and Mooncake, plus Mooncake over TCP and `settings`."""
+    ours = ("SGLANG_", "MC_", "MOONCAKE_", "PROMETHEUS_", "PYTHON")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    loopback = {"SGLANG_HOST_IP": "127.0.0.1", "MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
+    return {**kept, **loopback, "MC_TRANSFER_TIMEOUT": str(TRANSFER_TIMEOUT_S), **settings}
+
+
+class NodeEnded(Exception):
+    """The process of a node has ended, or did not answer in time; the message shows the end of its stderr."""
+
+
+class Refused(Exception):
+    """A manager has refused its settings; the message is its sentence."""
+
+
+class Node:
+    """One process with a stock manager. Starting it returns at once, so that several can import side by side.
+
+    Not thread-safe. A context manager: its end ends the process, whatever state that is in.
+    """
+
+    def __init__(self, python: pathlib.Path, role: str, folder: pathlib.Path, **settings: str) -> None:
+        self.role = role
+        self._log = folder / "log.jsonl"
+        self._stderr = folder / "stderr"
+        with open(self._stderr, "w") as stderr:
+            self._process = subprocess.Popen(
+                [python, PROGRAM, role, self._log],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=clean_environment(**settings),
+                cwd=folder,
+            )
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read_answers, daemon=True)
+        self._reader.start()
+        self._is_ready = False
+        self.session = ""
+        self.bootstrap = ""
+
+    def ask(self, command: str, deadline_s: float = ANSWER_DEADLINE_S, **arguments: Any) -> dict[str, Any]:
+        """Have the process run one command of manager_process.py. Raises NodeEnded, or RuntimeError if it failed."""
+        if not self._is_ready:
+            self._answer(START_DEADLINE_S)
+            self._is_ready = True
+        self._write({"do": command, **arguments})
+        answer = self._answer(deadline_s)
+        if "error" in answer:
+            raise RuntimeError(f"{self.role}: {answer['error']}")
+        return answer
+
+    def make(self, role: str = "", **settings: str) -> Node:
+        """Construct a manager in the node's role, or in `role`, with `settings` put into the process's environment.
+
+        Raises Refused if it refuses the settings.
+        """
+        answer = self.ask("make", role=role or self.role, environment=settings)
+        if "refused" in answer:
+            raise Refused(answer["refused"])
+        self.session, self.bootstrap = answer["session"], answer["bootstrap"]
+        return self
+
+    def records(self, containing: str = "", level: str = "") -> list[str]:
+        """The log messages so far that contain a text and have a level."""
+        records = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [r["message"] for r in records if containing in r["message"] and level in ("", r["level"])]
+
+    def stop(self) -> None:
+        """Stop the process (SIGSTOP) and return when the kernel says that it is stopped."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+        stat = pathlib.Path(f"/proc/{self._process.pid}/stat")
+        deadline = time.monotonic() + 5
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            if time.monotonic() > deadline:
+                raise NodeEnded(f"{self.role} does not stop")
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """Let the process go on (SIGCONT)."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def exit(self, deadline_s: float) -> int:
+        """Have the interpreter exit as at the end of a program; return its exit status."""
+        self._write({"do": "exit"})
+        return self._process.wait(deadline_s)
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait(20)
+        self._reader.join(20)
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+    def _read_answers(self) -> None:
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+    def _answer(self, deadline_s: float) -> dict[str, Any]:
+        try:
+            line = self._answers.get(timeout=deadline_s)
+        except queue.Empty:
+            line = ""
+        if not line:
+            raise NodeEnded(f"{self.role} does not answer; the end of its stderr:\n{self._stderr.read_text()[-3000:]}")
+        return json.loads(line)
+
+    def _write(self, command: dict[str, Any]) -> None:
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: the answer that does not come says so
+
+
+Start = Callable[..., Node]  # the fixture: start(role, *, python=..., **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """How a transfer ended at the prefill, and SGLang's reason if it failed."""
+
+    status: str
+    reason: str
+
+
+def hand_over(prefill: Node, decode: Node, register: bool = False) -> int:
+    """Let decode hand its pages for a new request to prefill; return the request's room.
+
+    With `register`, decode first registers its memory again, as after it has lost the prefill's heartbeat.
+    """
+    room = random.randint(1, 2**62)
+    decode.ask("receive", room=room, pages=TARGET_PAGES, bootstrap=prefill.bootstrap, register=register)
+    heard = prefill.ask("await_receiver", room=room)
+    assert heard["status"] == "WaitingForInput", f"prefill has not heard of the request: {heard}"
+    return room
+
+
+def send(prefill: Node, room: int) -> Sent:
+    """Transfer new bytes for a request that was handed over; return when the transfer has ended."""
+    prefill.ask("fill", seed=room % 251)
+    prefill.ask("send", room=room, pages=SOURCE_PAGES)
+    ended = prefill.ask("finish", room=room, wait_s=30)
+    return Sent(ended["status"], ended.get("reason", ""))
+
+
+def is_served(prefill: Node, decode: Node, register: bool = False) -> bool:
+    """Play one whole request; True if both ends call it a success and decode holds the bytes of prefill."""
+    room = hand_over(prefill, decode, register)
+    sent = send(prefill, room)
+    received = decode.ask("finish", room=room, wait_s=10)
+    if (sent.status, received["status"]) != ("Success", "Success"):
+        return False
+    return prefill.ask("digest", pages=SOURCE_PAGES) == decode.ask("digest", pages=TARGET_PAGES)
+
+
+def is_blacklisted(prefill: Node, session: str) -> bool:
+    """True while prefill has the session on its blacklist; asks without noting a request."""
+    return session in prefill.ask("state")["failed_sessions"]
+
+
+def recovers(prefill: Node, session: str, deadline_s: float = 5.0) -> bool:
+    """Wait until the session is off the blacklist; False if it is not by the deadline."""
+    deadline = time.monotonic() + deadline_s
+    while is_blacklisted(prefill, session):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True

@@ -1,0 +1,36 @@
+"""What does an operator see whose Mooncake cannot probe?"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import pytest
+from installation import environment
+from nodes import ENABLE, Node, Start, is_blacklisted
+
+INSTALLED = "0.3.10.post2"
+NEEDED = "0.3.11"
+SEVERAL_PROBES_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def prefill(start: Start, release: str, wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Node:
+    """A prefill node with the switch on, on a Mooncake without send_probe."""
+    folder = tmp_path_factory.mktemp("old-mooncake") / "venv"
+    python = environment.with_wheel(f"sglang-{release}+{INSTALLED}", wheel, folder)
+    return start("prefill", python=python, **{ENABLE: "1"}).make()
+
+
+def test_one_warning_names_the_installed_and_the_needed_version(prefill: Node) -> None:
+    (warning,) = prefill.records(level="WARNING")
+    assert INSTALLED in warning
+    assert NEEDED in warning
+
+
+def test_nothing_more_is_said_while_a_session_stays_blacklisted(prefill: Node) -> None:
+    before = prefill.records()
+    prefill.ask("blacklist", session="127.0.0.1:1")
+    time.sleep(SEVERAL_PROBES_S)
+    assert is_blacklisted(prefill, "127.0.0.1:1")
+    assert prefill.records() == before

@@ -1,0 +1,175 @@
+"""Does a blacklisted decode session heal on stock SGLang, with our wheel installed and the switch on?"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+
+import pytest
+from nodes import ENABLE, Node, Refused, Sent, Start, hand_over, is_blacklisted, is_served, recovers, send
+
+RECOVERED = "Session %s recovered via probe; un-blacklisted"
+LOOP_STARTED = "Starting failed-session probe loop (interval=30.0s)"
+MOONCAKE = "0.3.13.post1"
+SECONDS = [
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S",
+    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S",
+    "SGLANG_FAILED_SESSION_IDLE_TIMEOUT_S",
+    "SGLANG_FAILED_SESSION_PROBE_SETTLE_S",
+]
+SETTLE = SECONDS[-1]
+CONCURRENCY = "SGLANG_FAILED_SESSION_PROBE_CONCURRENCY"
+VERIFY = "SGLANG_FAILED_SESSION_PROBE_VERIFY"
+WRONG = [
+    *((name, value) for name in [*SECONDS, CONCURRENCY] for value in ("nan", "inf", "-1", "abc")),
+    *((name, "0") for name in [*SECONDS, CONCURRENCY] if name != SETTLE),
+    (CONCURRENCY, "1.5"),
+    (VERIFY, "maybe"),
+    (ENABLE, "maybe"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """What was seen while a fault came and passed."""
+
+    served_before: bool
+    failed: Sent
+    failed_after_s: float
+    blacklisted: bool
+    refused: Sent
+    recovered: bool
+    served_after: bool
+    counter: float
+
+
+@pytest.fixture(scope="module")
+def prefill(start: Start, decode: Node) -> Node:
+    """A prefill node with the switch on; the decode node imports at the same time."""
+    node = start("prefill", **{ENABLE: "1"}).make()
+    decode.make()
+    return node
+
+
+@pytest.fixture(scope="module")
+def story(prefill: Node, decode: Node) -> Story:
+    """Decode is stopped in the middle of a request; a second one comes while it is; then decode goes on."""
+    served_before = is_served(prefill, decode)
+    first, second = hand_over(prefill, decode), hand_over(prefill, decode)
+    decode.stop()
+    try:
+        began = time.monotonic()
+        failed = send(prefill, first)
+        failed_after_s = time.monotonic() - began
+        blacklisted = is_blacklisted(prefill, decode.session)
+        refused = send(prefill, second)
+    finally:
+        decode.resume()
+    return Story(
+        served_before,
+        failed,
+        failed_after_s,
+        blacklisted,
+        refused,
+        recovers(prefill, decode.session),
+        is_served(prefill, decode),
+        prefill.ask("counter")["value"],
+    )
+
+
+def test_a_request_is_served_before_the_fault(story: Story) -> None:
+    assert story.served_before
+
+
+def test_a_stopped_decode_fails_the_request_and_is_blacklisted(story: Story) -> None:
+    assert story.failed.status == "Failed"
+    assert "Failed to send kv chunk" in story.failed.reason
+    assert 4.5 < story.failed_after_s < 8
+    assert story.blacklisted
+
+
+def test_the_next_request_is_refused_in_sglangs_own_words(story: Story, decode: Node) -> None:
+    assert story.refused.status == "Failed"
+    assert f"remote mooncake session {decode.session} is not alive" in story.refused.reason
+
+
+def test_a_resumed_decode_recovers_within_5_s_and_serves_the_next_request(story: Story) -> None:
+    assert story.recovered
+    assert story.served_after
+
+
+def test_the_recovery_is_counted_once_and_leaves_nothing_behind(story: Story, prefill: Node) -> None:
+    assert story.counter == 1
+    state = prefill.ask("state")
+    assert state["failed_sessions"] == []
+    assert state["session_failures"] == {}
+
+
+def test_exactly_one_probe_thread_runs_and_its_loop_is_ours(prefill: Node, python: pathlib.Path) -> None:
+    (file,) = prefill.ask("state")["probe_loops"]
+    assert pathlib.Path(file).is_relative_to(python.parent.parent)
+
+
+def test_the_log_says_the_texts_that_operators_grep_for_once_each(story: Story, prefill: Node, decode: Node) -> None:
+    assert prefill.records("Starting failed-session probe loop") == [LOOP_STARTED]
+    assert prefill.records("recovered via probe") == [RECOVERED % decode.session]
+
+
+def test_one_info_line_names_the_versions_and_the_settings(prefill: Node, release: str) -> None:
+    (line,) = prefill.records(MOONCAKE, level="INFO")
+    assert release in line
+    for part in ("interval=30s", "max_interval=300s", "idle_timeout=600s", "settle=1s", "verify=on", "concurrency=16"):
+        assert part in line
+
+
+def test_the_log_has_no_warning_and_no_error_but_sglangs_own(story: Story, prefill: Node, decode: Node) -> None:
+    assert prefill.records(level="ERROR") == [f"Session {decode.session} failed."]
+    assert prefill.records(level="WARNING") == []
+
+
+def test_a_decode_manager_has_no_blacklist_and_no_probe_thread(decode: Node, prefill: Node) -> None:
+    state = decode.ask("state")
+    assert state["failed_sessions"] is None
+    assert [name for name in state["threads"] if "Session" in name or "Probe" in name] == []
+
+
+def test_a_registration_clears_the_blacklist_without_counting_as_a_recovery(prefill: Node, decode: Node) -> None:
+    before = prefill.ask("counter")
+    prefill.ask("blacklist", session=decode.session)
+    assert is_served(prefill, decode, register=True)
+    assert not is_blacklisted(prefill, decode.session)
+    time.sleep(1.5)  # a probe that was out at the registration has long been answered and would have settled
+    assert prefill.ask("counter") == before
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_wrong_setting_stops_the_prefill_with_one_sentence(prefill: Node, name: str, value: str) -> None:
+    threads = prefill.ask("state")["threads"]
+    with pytest.raises(Refused) as refused:
+        prefill.make(**{name: value})
+    sentence = str(refused.value)
+    assert name in sentence
+    assert value in sentence
+    allowed = {ENABLE: "true", VERIFY: "true", CONCURRENCY: "whole number"}.get(name, "finite number of seconds")
+    assert allowed in sentence
+    assert "\n" not in sentence
+    assert sentence.rstrip(".").count(". ") == 0
+    assert prefill.ask("state")["threads"] == threads
+
+
+def test_an_interval_over_the_longest_stops_the_prefill_and_names_both(prefill: Node) -> None:
+    interval, longest = SECONDS[:2]
+    with pytest.raises(Refused, match=rf"{interval}.*400.*{longest}.*300"):
+        prefill.make(**{interval: "400", longest: "300"})
+
+
+def test_no_session_is_lost_that_fails_while_the_manager_starts(prefill: Node, decode: Node) -> None:
+    dead = [f"127.0.1.{i}:1" for i in range(1, 101)]
+    before = prefill.ask("counter")["value"]
+    prefill.ask("make_while_transfers_fail", session=decode.session, more=dead)
+    state = prefill.ask("state")
+    assert set(dead) <= set(state["failed_sessions"])
+    assert set(dead) <= set(state["session_failures"])
+    assert recovers(prefill, decode.session)
+    assert prefill.ask("counter")["value"] == before + 1

@@ -1,0 +1,93 @@
+"""Is SGLang as it was when the switch is off or not set, and does every word for on and off count?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Optional
+
+import pytest
+from nodes import ENABLE, Node, Refused, Start, hand_over, is_blacklisted, is_served, recovers, send
+
+Prefill = Callable[[Optional[str]], Node]
+
+# Each word is tried where it tells most: 0.5.23 has a probe of its own, on unless the switch is off, and knows fewer
+# words for that than we do. None: the variable is not set.
+WORDS: dict[str, list[Optional[str]]] = {
+    "0.5.10.post1": [None, "maybe"],
+    "0.5.12.post1": ["0"],
+    "0.5.23": [None, "0", "off", "On"],
+}
+OFF = [("0.5.10.post1", None), ("0.5.12.post1", "0"), ("0.5.23", "0"), ("0.5.23", "off")]
+UNTOUCHED = [*OFF, ("0.5.23", None)]
+NATIVE = {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1"}
+WATCHED_S = 3.0  # with the switch on, a session that answers is let in after a second
+
+
+def of(cases: list[tuple[str, Optional[str]]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("release", "word"), cases, indirect=["release"], scope="session")
+
+
+@pytest.fixture(scope="module")
+def prefill(start: Start, release: str, decode: Node) -> Prefill:
+    """Gives the prefill node whose switch is set to a word."""
+    nodes = {word: start("prefill", **NATIVE, **({} if word is None else {ENABLE: word})) for word in WORDS[release]}
+    decode.make()
+    for word, node in nodes.items():
+        if word != "maybe":
+            node.make()
+    return nodes.__getitem__
+
+
+@of(UNTOUCHED)
+def test_off_or_unset_leaves_sglangs_classes_and_blacklist_alone(prefill: Prefill, word: Optional[str]) -> None:
+    code = prefill(word).ask("code")
+    assert code["foreign_methods"] == []
+    assert code["plain_blacklist"]
+    assert not code["wrapt"]
+
+
+@of(OFF)
+def test_off_or_unset_starts_no_probe_thread_and_a_session_stays_blacklisted(
+    prefill: Prefill, decode: Node, word: Optional[str]
+) -> None:
+    node = prefill(word)
+    assert node.ask("state")["probe_loops"] == []
+    assert is_served(node, decode, register=True)
+    node.ask("blacklist", session=decode.session)
+    time.sleep(WATCHED_S)
+    assert is_blacklisted(node, decode.session)
+    assert "is not alive" in send(node, hand_over(node, decode)).reason
+
+
+@of([("0.5.10.post1", None), ("0.5.12.post1", "0")])
+def test_off_or_unset_registers_no_metric(prefill: Prefill, word: Optional[str]) -> None:
+    assert prefill(word).ask("counter")["value"] is None
+
+
+@of([("0.5.23", None)])
+def test_unset_leaves_sglangs_native_probe_running_and_healing(
+    prefill: Prefill, decode: Node, word: Optional[str]
+) -> None:
+    node = prefill(word)
+    (file,) = node.ask("state")["probe_loops"]
+    assert file.startswith(node.ask("code")["sglang"])
+    node.ask("blacklist", session=decode.session)
+    assert recovers(node, decode.session)
+
+
+@of([("0.5.23", "On")])
+def test_a_word_for_on_that_sglang_does_not_know_starts_our_probe(
+    prefill: Prefill, decode: Node, word: Optional[str]
+) -> None:
+    node = prefill(word)
+    (file,) = node.ask("state")["probe_loops"]
+    assert not file.startswith(node.ask("code")["sglang"])
+    node.ask("blacklist", session=decode.session)
+    assert recovers(node, decode.session)
+
+
+@of([("0.5.10.post1", "maybe")])
+def test_a_word_that_is_neither_stops_the_prefill(prefill: Prefill, word: Optional[str]) -> None:
+    with pytest.raises(Refused, match=rf"^{ENABLE}='maybe' is not allowed: .*true.*false"):
+        prefill(word).make()

@@ -1,0 +1,81 @@
+"""What happens to the probe when a manager is torn down and another takes its place in the same process?
+
+Only releases from 0.5.21 on have teardown() and the switch between the roles.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from nodes import ENABLE, Node, Start, is_blacklisted, is_served, recovers
+
+pytestmark = pytest.mark.parametrize("release", ["0.5.23"], indirect=True, scope="session")
+
+QUICK_S = 0.5
+UNTIL_A_PROBE_HANGS_S = 0.3
+
+
+@pytest.fixture(scope="module")
+def prefill(start: Start, decode: Node) -> Node:
+    """A prefill node with the switch on, which decode has registered with."""
+    node = start("prefill", **{ENABLE: "1"}).make()
+    decode.make()
+    assert is_served(node, decode)
+    return node
+
+
+@pytest.fixture
+def hung_decode(prefill: Node, decode: Node) -> Iterator[Node]:
+    """The decode node, stopped, with a probe of ours out that hangs until it goes on."""
+    decode.stop()
+    try:
+        prefill.ask("blacklist", session=decode.session)
+        time.sleep(UNTIL_A_PROBE_HANGS_S)
+        yield decode
+    finally:
+        decode.resume()
+
+
+def test_teardown_ends_the_probe_thread_at_once_even_while_a_probe_hangs(prefill: Node, hung_decode: Node) -> None:
+    torn_down = prefill.ask("teardown")
+    (took_s,) = torn_down["loops_s"]
+    assert took_s < QUICK_S
+    assert prefill.ask("state")["probe_loops"] == []
+
+
+def test_the_next_prefill_manager_has_one_probe_thread_and_recovers(prefill: Node, decode: Node) -> None:
+    prefill.make()
+    assert len(prefill.ask("state")["probe_loops"]) == 1
+    assert is_served(prefill, decode, register=True)
+    before = prefill.ask("counter")["value"]
+    prefill.ask("blacklist", session=decode.session)
+    assert recovers(prefill, decode.session)
+    assert prefill.ask("counter")["value"] == before + 1
+    assert is_served(prefill, decode)
+
+
+def test_a_manager_that_was_torn_down_probes_no_more(prefill: Node, decode: Node) -> None:
+    prefill.ask("teardown")
+    prefill.ask("blacklist", session=decode.session)
+    time.sleep(2.0)  # a running probe would have let it in after SETTLE, a second
+    assert is_blacklisted(prefill, decode.session)
+
+
+def test_after_a_switch_to_the_decode_role_no_probe_thread_runs(prefill: Node) -> None:
+    prefill.make(role="decode")
+    assert prefill.ask("state")["probe_loops"] == []
+    prefill.ask("teardown")
+
+
+def test_after_a_switch_back_to_prefill_it_recovers_again(prefill: Node, decode: Node) -> None:
+    prefill.make(role="prefill")
+    assert len(prefill.ask("state")["probe_loops"]) == 1
+    assert is_served(prefill, decode, register=True)
+    prefill.ask("blacklist", session=decode.session)
+    assert recovers(prefill, decode.session)
+
+
+def test_the_interpreter_exits_cleanly_while_a_probe_hangs(prefill: Node, hung_decode: Node) -> None:
+    assert prefill.exit(deadline_s=20) == 0

@@ -1,0 +1,963 @@
+"""Does the daemon thread of a prefill manager ask, let in and stop as promised? On engines that are Python objects."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import importlib.util
+import logging
+import pathlib
+import re
+import subprocess
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from sglang.srt.disaggregation.mooncake import conn, failed_sessions, session_probe
+from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager, PeerMemory
+from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions, Verdict
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
+from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
+
+ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
+D = "decode:7001"
+OTHER = "other:7002"
+NO_MEMORY = types.SimpleNamespace(kv_data_ptrs=[], kv_data_lens=[], aux_data_ptrs=[], aux_data_lens=[])
+SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
+REFUSED = -102
+
+
+def many(number: int) -> list[str]:
+    return [f"decode:{port}" for port in range(1, number + 1)]
+
+
+class Engine:
+    """A Mooncake engine. What its peers do is an rc, or a function that gives one."""
+
+    def __init__(self, *, probe: Any = 0, read: Any = 0, transfer: Any = 0) -> None:
+        self.probe: dict[str, Any] = collections.defaultdict(lambda: probe)
+        self.read: Any = read
+        self.transfer: Any = transfer
+        self.asked: list[str] = []
+        self.reads: list[tuple[Any, ...]] = []
+        self.asked_something = threading.Event()
+        self.goes_on = threading.Event()  # what `hang` waits for
+        self.manager: Any = None
+        self.asked_under_lock: list[str] = []
+
+    def hang(self) -> int:
+        """The probe of a stopped peer: it returns when the test is through."""
+        self.goes_on.wait(30)
+        return REFUSED
+
+    def send_probe(self, session: str) -> Any:
+        self._look_at_the_lock("send_probe")
+        self.asked.append(session)
+        self.asked_something.set()
+        return result_of(self.probe[session])
+
+    def transfer_sync_read(self, *read: Any) -> Any:
+        self._look_at_the_lock("transfer_sync_read")
+        self.reads.append(read)
+        return result_of(self.read)
+
+    def batch_transfer_sync(self, *transfer: Any) -> Any:
+        self._look_at_the_lock("batch_transfer_sync")
+        return result_of(self.transfer)
+
+    def register_memory(self, address: int, length: int) -> int:
+        self._look_at_the_lock("register_memory")
+        return 0
+
+    def batch_register(self, addresses: list[int], lengths: list[int]) -> int:
+        return 0
+
+    def batch_deregister(self, addresses: list[int]) -> int:
+        return 0
+
+    def _look_at_the_lock(self, call: str) -> None:
+        lock = getattr(self.manager, "session_lock", None)
+        if lock is not None:
+            if lock.acquire(timeout=1):
+                lock.release()
+            else:
+                self.asked_under_lock.append(call)
+
+
+def result_of(behaviour: Any) -> Any:
+    return behaviour() if callable(behaviour) else behaviour
+
+
+def raises(error: BaseException) -> Callable[[], int]:
+    def behaviour() -> int:
+        raise error
+
+    return behaviour
+
+
+def wait_until(condition: Callable[[], Any], within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return bool(condition())
+
+
+def recoveries() -> float:
+    return REGISTRY.get_sample_value("sglang:failed_session_recoveries_total") or 0.0
+
+
+def threads(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+# One pass over an object that has only what the native probe uses.
+
+
+def bare(engine: Any, *sessions: Any, failures: Any = None) -> Any:
+    manager = types.SimpleNamespace(
+        engine=engine,
+        failed_sessions=set(sessions),
+        session_failures=dict.fromkeys(sessions, 1) if failures is None else failures,
+        session_lock=threading.Lock(),
+    )
+    engine.manager = manager
+    return manager
+
+
+run_pass = MooncakeKVManager._run_one_probe_pass
+
+
+def test_a_pass_takes_a_session_that_answers_off_the_blacklist_counts_and_logs_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    manager, before = bare(Engine(), D), recoveries()
+    run_pass(manager)
+    assert manager.failed_sessions == set()
+    assert manager.session_failures == {}
+    assert recoveries() == before + 1
+    assert caplog.messages == [f"Session {D} recovered via probe; un-blacklisted"], "operators grep for this"
+
+
+@pytest.mark.parametrize("rc", [-1, -101, REFUSED, 1, True, False, None, "0", 0.0], ids=repr)
+def test_a_pass_keeps_a_session_whose_probe_gives_anything_but_zero(rc: Any) -> None:
+    manager, before = bare(Engine(probe=rc), D), recoveries()
+    run_pass(manager)
+    assert manager.failed_sessions == {D}
+    assert manager.session_failures == {D: 1}
+    assert recoveries() == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_a_pass_logs_a_probe_that_raises_and_goes_on_with_the_next(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    engine.probe[D] = raises(error)
+    manager = bare(engine, D, OTHER)
+    run_pass(manager)
+    assert manager.failed_sessions == {D}
+    (line,) = caplog.messages
+    assert D in line
+    assert repr(error) in line
+
+
+def test_a_pass_on_an_engine_that_cannot_probe_changes_nothing() -> None:
+    manager = bare(types.SimpleNamespace(), D)
+    run_pass(manager)
+    assert manager.failed_sessions == {D}
+
+
+@pytest.mark.parametrize("failures", [dict, collections.Counter, lambda: collections.defaultdict(int)])
+@pytest.mark.parametrize("counted_before", [0, 1, 7])
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_pass_ignores_an_answer_if_the_session_failed_again_meanwhile(
+    failures: Callable[[], Any], counted_before: int, registered: bool
+) -> None:
+    """After a registration the count may be what it was, and yet the failure is a newer one."""
+    engine = Engine()
+    manager = bare(engine, D, failures=failures())
+    if counted_before:
+        manager.session_failures[D] = counted_before
+
+    def fails_again() -> int:
+        with manager.session_lock:
+            if registered:
+                manager.failed_sessions.discard(D)
+                manager.session_failures.pop(D, None)
+            manager.session_failures[D] = manager.session_failures.get(D, 0) + 1
+            manager.failed_sessions.add(D)
+        return 0
+
+    engine.probe[D] = fails_again
+    before = recoveries()
+    run_pass(manager)
+    assert manager.failed_sessions == {D}, "let in on an answer older than the newest failure"
+    assert manager.session_failures[D] == (1 if registered else counted_before + 1)
+    assert recoveries() == before
+
+
+@pytest.mark.parametrize("failures", [{}, {D: 1}])
+def test_a_pass_counts_no_recovery_for_a_session_that_registered_meanwhile(failures: dict[str, int]) -> None:
+    engine = Engine()
+    manager = bare(engine, D, failures=dict(failures))
+
+    def registers() -> int:
+        with manager.session_lock:
+            manager.failed_sessions.discard(D)
+            manager.session_failures.pop(D, None)
+        return 0
+
+    engine.probe[D] = registers
+    before = recoveries()
+    run_pass(manager)
+    assert recoveries() == before
+
+
+def test_a_pass_does_not_ask_one_peer_after_another() -> None:
+    together = threading.Barrier(8)
+
+    def answers_when_all_are_asked() -> int:
+        together.wait(timeout=5)
+        return 0
+
+    manager = bare(Engine(probe=answers_when_all_are_asked), *many(8))
+    run_pass(manager)
+    assert manager.failed_sessions == set(), "a hung peer holds up everybody else for a minute"
+
+
+def test_a_pass_asks_more_sessions_than_fit_into_its_places_at_a_time() -> None:
+    manager = bare(Engine(), *many(150))
+    run_pass(manager)
+    assert manager.failed_sessions == set()
+    assert sorted(manager.engine.asked) == sorted(many(150))
+
+
+def test_a_pass_never_hands_the_engine_what_is_no_session_id() -> None:
+    manager = bare(Engine(), "host", "host:0", "", None, 7, D)
+    run_pass(manager)
+    assert manager.engine.asked == [D]
+    assert manager.failed_sessions == {"host", "host:0", "", None, 7}
+
+
+def test_a_pass_asks_without_session_lock_and_leaves_no_thread() -> None:
+    before = threads("MooncakeSessionWorker")
+    manager = bare(Engine(), *many(20))
+    run_pass(manager)
+    assert manager.engine.asked_under_lock == [], "every transfer waits while a peer is asked"
+    assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before))
+
+
+def test_a_pass_over_an_empty_blacklist_asks_nobody() -> None:
+    manager = bare(Engine())
+    run_pass(manager)
+    assert manager.engine.asked == []
+
+
+# A manager with its daemon thread.
+
+MakeManager = Callable[..., Any]
+
+
+@pytest.fixture
+def make_manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeManager]:
+    """Makes standing-alone managers whose engines are Python objects, with the feature on unless told otherwise."""
+    managers = []
+    monkeypatch.setenv(ENABLE, "1")
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0.1")
+    monkeypatch.setattr(conn._FailedSessionProber, "reads_prove_nothing", False)
+
+    def make(engine: Any, role: Any = "prefill") -> Any:
+        monkeypatch.setattr(MooncakeKVManager, "init_engine", lambda self: setattr(self, "engine", engine))
+        manager = MooncakeKVManager(NO_MEMORY, role)
+        engine.manager = manager
+        managers.append(manager)
+        return manager
+
+    yield make
+    for manager in managers:
+        manager.engine.goes_on.set()
+        manager.teardown()
+
+
+def blacklist(manager: Any, *sessions: str) -> None:
+    """A transfer to each of the sessions fails."""
+    with manager.session_lock:
+        for session in sessions:
+            manager.session_failures[session] += 1
+            manager.failed_sessions.add(session)
+
+
+def blacklisted(manager: Any) -> set[str]:
+    with manager.session_lock:
+        return set(manager.failed_sessions)
+
+
+def send(manager: Any, session: str) -> None:
+    manager.send_blocks(session, [(1, 2, 3)])
+
+
+def test_a_healed_session_is_used_again_after_about_settle_time(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engine = Engine(transfer=-1)
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    before = recoveries()
+    with pytest.raises(KVTransferError, match=r"Failed to send 1 blocks to decode:7001 \(rc -1\)"):
+        send(manager, D)
+    failed_at = time.monotonic()
+    with pytest.raises(KVTransferError, match="remote mooncake session decode:7001 is not alive"):
+        send(manager, D)
+    engine.transfer = 0
+    assert wait_until(lambda: not blacklisted(manager)), "dead for good"
+    assert 0.1 <= time.monotonic() - failed_at < 1.0
+    send(manager, D)
+    assert dict(manager.session_failures) == {}
+    assert wait_until(lambda: recoveries() == before + 1)
+    assert "Starting failed-session probe loop (interval=30.0s)" in caplog.messages
+    assert f"Session {D} recovered via probe; un-blacklisted" in caplog.messages
+    assert engine.asked_under_lock == [], "every transfer waits while a peer is asked"
+    assert [read[0::2] for read in engine.reads] == [(D, 8192)] * 4
+
+
+def test_the_start_is_told_in_one_line_with_versions_and_settings(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(session_probe, "mooncake_version", lambda: "mooncake 0.3.13")
+    make_manager(Engine())
+    assert [line for line in caplog.messages if "is active" in line] == [
+        "Failed-session probe is active: SGLang not there, Mooncake mooncake 0.3.13, "
+        "interval=30s max_interval=300s idle_timeout=600s settle=0.1s verify=on concurrency=16"
+    ]
+
+
+def test_a_failure_wakes_the_sleeping_daemon_thread(make_manager: MakeManager) -> None:
+    engine = Engine(probe=REFUSED)
+    manager = make_manager(engine)
+    time.sleep(0.1)
+    assert engine.asked == []
+    failed_at = time.monotonic()
+    blacklist(manager, D)
+    assert engine.asked_something.wait(2)
+    assert time.monotonic() - failed_at < 1.0
+
+
+def test_a_registration_clears_the_blacklist_without_a_recovery(make_manager: MakeManager) -> None:
+    engine = Engine(probe=REFUSED)
+    manager, before = make_manager(engine), recoveries()
+    blacklist(manager, D)
+    assert engine.asked_something.wait(2)
+    manager.register_decode(D, SOME_MEMORY)
+    send(manager, D)
+    assert dict(manager.session_failures) == {}
+    assert recoveries() == before
+
+
+def test_an_answer_from_before_the_newest_failure_changes_nothing(make_manager: MakeManager) -> None:
+    engine = Engine(probe=REFUSED)
+    manager = make_manager(engine)
+    asked, answer = threading.Event(), threading.Event()
+
+    def answers_late() -> int:
+        engine.probe[D] = REFUSED
+        asked.set()
+        answer.wait(5)
+        return 0
+
+    engine.probe[D] = answers_late
+    blacklist(manager, D)
+    assert asked.wait(2)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    answer.set()
+    assert wait_until(lambda: len(engine.asked) >= 2), "the newer failure is not asked about"
+    time.sleep(0.2)
+    assert blacklisted(manager) == {D}
+
+
+def test_hung_peers_do_not_hold_up_a_healed_one(make_manager: MakeManager) -> None:
+    engine = Engine()
+    hung = many(12)
+    for session in hung:
+        engine.probe[session] = engine.hang
+    manager = make_manager(engine)
+    blacklist(manager, *hung, D)
+    assert wait_until(lambda: D not in blacklisted(manager))
+    assert blacklisted(manager) == set(hung)
+
+
+# Stopping.
+
+
+def test_teardown_with_hung_probes_is_prompt_and_ends_the_daemon_thread(make_manager: MakeManager) -> None:
+    engine = Engine()
+    engine.probe.default_factory = lambda: engine.hang
+    manager = make_manager(engine)
+    blacklist(manager, *many(16))
+    assert wait_until(lambda: len(engine.asked) == 12)
+    began = time.monotonic()
+    manager.teardown()
+    assert time.monotonic() - began < 0.5, "a hung peer holds up an exit"
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+def test_no_thread_is_left_once_hung_probes_have_returned_after_teardown(make_manager: MakeManager) -> None:
+    before = threads("MooncakeSessionWorker")
+    engine = Engine()
+    engine.probe.default_factory = lambda: engine.hang
+    manager = make_manager(engine)
+    blacklist(manager, *many(16))
+    assert wait_until(lambda: len(engine.asked) == 12)
+    manager.teardown()
+    engine.goes_on.set()
+    assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before)), "each role switch leaks threads"
+
+
+class SlowSemaphore(threading.Semaphore):
+    """Lets a thread become idle late, as any thread may on a busy machine."""
+
+    def release(self, n: int = 1) -> None:
+        time.sleep(0.02)
+        super().release(n)
+
+
+@pytest.mark.parametrize("semaphore", [threading.Semaphore, SlowSemaphore])
+def test_no_worker_thread_is_left_while_nothing_is_blacklisted(
+    semaphore: type[threading.Semaphore], make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "Semaphore", semaphore)
+    before = threads("MooncakeSessionWorker")
+    manager = make_manager(Engine())
+    blacklist(manager, *many(10))
+    assert wait_until(lambda: not blacklisted(manager))
+    assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before), 1.0)
+
+
+def test_teardown_waits_for_a_probe_that_is_about_to_return(make_manager: MakeManager) -> None:
+    """A thread that returns from Mooncake while the interpreter shuts down aborts the process."""
+    engine = Engine()
+    returned = threading.Event()
+
+    def returns_soon() -> int:
+        time.sleep(0.02)
+        returned.set()
+        return REFUSED
+
+    engine.probe[D] = returns_soon
+    manager = make_manager(engine)
+    blacklist(manager, D)
+    assert engine.asked_something.wait(2)
+    manager.teardown()
+    assert returned.is_set()
+
+
+def test_nobody_is_asked_after_teardown(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    engine = Engine(probe=REFUSED)
+    manager = make_manager(engine)
+    blacklist(manager, D)
+    assert wait_until(lambda: len(engine.asked) > 3)
+    manager.teardown()
+    asked = len(engine.asked)
+    blacklist(manager, OTHER)
+    time.sleep(0.1)
+    assert len(engine.asked) == asked
+
+
+def test_a_pass_starts_no_more_probes_once_the_manager_is_being_torn_down() -> None:
+    engine = Engine()
+    engine.probe.default_factory = lambda: engine.hang
+    manager = bare(engine, failures=collections.defaultdict(int))
+    conn._prober_of(manager)
+    blacklist(manager, *many(40))
+    one_pass = threading.Thread(target=run_pass, args=(manager,), daemon=True)
+    one_pass.start()
+    assert wait_until(lambda: len(engine.asked) == 12)
+    manager._failed_session_probe_shutdown.set()
+    engine.goes_on.set()
+    one_pass.join(3)
+    assert not one_pass.is_alive()
+    assert len(engine.asked) == 12, "probes go on while the engine is being torn down"
+
+
+def test_a_pass_over_a_manager_asks_what_is_due_and_returns() -> None:
+    engine = Engine(probe=REFUSED)
+    manager = bare(engine, failures=collections.defaultdict(int))
+    conn._prober_of(manager)
+    blacklist(manager, *many(40))
+    run_pass(manager)
+    assert set(engine.asked) == set(many(40))
+    assert engine.asked_under_lock == []
+
+
+def test_a_second_manager_in_the_same_process_heals_too(make_manager: MakeManager) -> None:
+    for _ in range(2):
+        manager = make_manager(Engine())
+        assert len(threads("MooncakeFailedSessionProbe")) == 1
+        blacklist(manager, D)
+        assert wait_until(lambda manager=manager: not blacklisted(manager))
+        manager.teardown()
+        assert not threads("MooncakeFailedSessionProbe")
+
+
+EXIT = """
+import atexit, threading, time, types
+from sglang.srt.disaggregation.mooncake import conn
+
+class Engine:
+    asked = []
+    def send_probe(self, session):
+        self.asked.append(session)
+        if session.startswith("hung"):
+            time.sleep(60)
+        return -102
+    batch_register = batch_deregister = lambda self, *memory: 0
+
+def look():  # runs after what was registered later
+    print("stopped after", time.monotonic() - ended_at)
+    asked = len(Engine.asked)
+    time.sleep(0.6)
+    print("asked after the stop:", len(Engine.asked) - asked)
+
+atexit.register(look)
+conn.MooncakeKVManager.init_engine = lambda self: setattr(self, "engine", Engine())
+args = types.SimpleNamespace(kv_data_ptrs=[], kv_data_lens=[], aux_data_ptrs=[], aux_data_lens=[])
+manager = conn.MooncakeKVManager(args, "prefill")
+with manager.session_lock:
+    manager.failed_sessions.update(["gone:1", *(f"hung:{port}" for port in range(1, 17))])
+while len(Engine.asked) < 13:
+    time.sleep(0.01)
+ended_at = time.monotonic()
+"""
+
+
+def test_an_exit_stops_the_probes_first_and_is_not_held_up_by_hung_ones(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    ended = run_python(EXIT, **{ENABLE: "1"})
+    assert ended.returncode == 0, ended.stderr
+    match = re.fullmatch(r"stopped after ([\d.]+)\nasked after the stop: (\d+)\n", ended.stdout)
+    assert match, ended
+    assert float(match[1]) < 1.0, "a hung peer holds up the exit"
+    assert match[2] == "0", "a probe that returns while the interpreter shuts down aborts the process"
+
+
+# Peers and engines that are not as they should be.
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(3)], ids=repr)
+def test_a_probe_that_raises_is_logged_once_for_each_session_and_asked_again(
+    error: BaseException, make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    engine = Engine(probe=raises(error))
+    manager = make_manager(engine)
+    blacklist(manager, D, OTHER)
+    assert wait_until(lambda: min(engine.asked.count(D), engine.asked.count(OTHER)) > 3)
+    lines = [line for line in caplog.messages if repr(error) in line]
+    assert [sum(session in line for line in lines) for session in (D, OTHER)] == [1, 1]
+    engine.probe[D] = 0
+    assert wait_until(lambda: blacklisted(manager) == {OTHER})
+
+
+def test_a_mooncake_that_cannot_probe_is_told_once_at_the_start_and_then_there_is_silence(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    monkeypatch.setattr(session_probe, "mooncake_version", lambda: "mooncake-transfer-engine 0.3.10.post2")
+    engine = Engine()
+    engine.engine = types.SimpleNamespace()  # Mooncake's own, behind the wrapper
+    engine.probe[D] = lambda: session_probe.ask(engine.engine, D)
+    manager = make_manager(engine)
+    blacklist(manager, D)
+    assert wait_until(lambda: len(engine.asked) > 5)
+    (warning,) = [line for line in caplog.records if line.levelno >= logging.WARNING]
+    assert "mooncake-transfer-engine 0.3.10.post2" in warning.getMessage()
+    assert "0.3.11" in warning.getMessage()
+    assert blacklisted(manager) == {D}
+
+
+def test_a_session_whose_memory_cannot_be_read_is_let_in_after_interval_with_a_warning(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL, "0.5")
+    engine = Engine(read=-1)
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    failed_at = time.monotonic()
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager))
+    assert time.monotonic() - failed_at >= 0.5
+    assert wait_until(lambda: any("without proof" in line for line in caplog.messages))
+    assert [line for line in caplog.messages if D in line and "reading its memory gave -1" in line]
+    assert len(engine.reads) == 1, "reads again in Mooncake's cooldown, and spins a core"
+
+
+def test_what_was_learnt_about_reads_holds_for_the_next_manager_in_the_process(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL, "0.2")
+    monkeypatch.setattr(failed_sessions, "PROBATION_S", 0.05)
+    for number in range(2):
+        engine = Engine(read=-1)
+        manager = make_manager(engine)
+        manager.register_decode(D, SOME_MEMORY)
+        blacklist(manager, D)
+        assert wait_until(lambda manager=manager: not blacklisted(manager))
+        if number == 0:
+            assert wait_until(lambda manager=manager: send(manager, D) or conn._FailedSessionProber.reads_prove_nothing)
+        assert bool(engine.reads) == (number == 0)
+        manager.teardown()
+    assert len([line for line in caplog.messages if "reads prove nothing on this transport" in line]) == 1
+
+
+def reader(engine: Any, registration: Any = SOME_MEMORY) -> MemoryReader:
+    return MemoryReader(engine, lambda: {D: registration})
+
+
+def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once() -> None:
+    engine = Engine()
+    peer = reader(engine)
+    assert peer.verify(D) == (Verdict.READABLE, "")
+    assert peer.verify(D) == (Verdict.READABLE, "")
+    (scratch,) = {read[1] for read in engine.reads}
+    assert scratch
+    assert engine.reads == [(D, scratch, 8192, 8)] * 8, "four lanes a peer, each can be dead for itself"
+
+
+def test_memory_is_only_read_right_after_an_answer() -> None:
+    engine = Engine(probe=REFUSED)
+    assert reader(engine).verify(D) == (Verdict.UNANSWERED, "")
+    assert engine.reads == [], "a read of a stopped peer holds up transfers to live ones for a minute"
+
+
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (-1, "gave -1"),
+        (3, "gave 3"),
+        (None, "gave None"),
+        (True, "gave True"),
+        (raises(OSError(5)), "raised OSError(5)"),
+    ],
+)
+def test_the_first_read_that_fails_makes_a_peer_unreadable_and_says_why(read: Any, why: str) -> None:
+    engine = Engine(read=read)
+    verdict, said = reader(engine).verify(D)
+    assert verdict is Verdict.UNREADABLE
+    assert why in said
+    assert len(engine.reads) == 1
+
+
+def test_a_read_that_fails_after_others_succeeded_makes_a_peer_unreadable() -> None:
+    rcs = iter([0, 0, 0, -1])
+    assert reader(Engine(read=lambda: next(rcs))).verify(D)[0] is Verdict.UNREADABLE
+
+
+@pytest.mark.parametrize(
+    "registration",
+    [None, PeerMemory([], []), PeerMemory([0], [0]), types.SimpleNamespace(), types.SimpleNamespace(dst_aux_ptrs=None)],
+    ids=repr,
+)
+def test_without_an_address_the_handshake_decides(registration: Any) -> None:
+    assert reader(Engine(), registration).verify(D) == (Verdict.CANNOT_TELL, "")
+
+
+def test_without_auxiliary_memory_the_kv_memory_is_read() -> None:
+    engine = Engine()
+    assert reader(engine, PeerMemory(dst_kv_ptrs=[4096])).verify(D)[0] is Verdict.READABLE
+    assert {read[2] for read in engine.reads} == {4096}
+
+
+def cannot_read(engine: Any) -> None:
+    engine.transfer_sync_read = None
+
+
+def takes_no_memory(engine: Any) -> None:
+    engine.register_memory = lambda address, length: -1
+
+
+def raises_at_memory(engine: Any) -> None:
+    engine.register_memory = lambda address, length: raises(RuntimeError("GPU memory only"))()
+
+
+@pytest.mark.parametrize("lacks", [cannot_read, takes_no_memory, raises_at_memory])
+def test_where_the_engine_cannot_read_the_handshake_decides(
+    lacks: Callable[[Any], None], make_manager: MakeManager
+) -> None:
+    engine = Engine(read=-1)
+    lacks(engine)
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager)), "never let in on an engine that cannot read"
+    assert engine.reads == []
+
+
+@pytest.mark.parametrize(("mooncake", "rc"), [(Engine(), 0), (Engine(probe=REFUSED), REFUSED), (object(), -1)])
+def test_the_wrapper_of_the_engine_gives_mooncakes_answer_or_minus_one_if_it_cannot_probe(
+    mooncake: Any, rc: int
+) -> None:
+    wrapper = types.SimpleNamespace(engine=mooncake)
+    assert MooncakeTransferEngine.send_probe(wrapper, D) == rc
+
+
+def test_the_wheel_that_import_mooncake_finds_is_named_with_its_version(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = "Metadata-Version: 2.1\nName: mooncake-transfer-engine\nVersion: 0.3.10.post2\n"
+    for name, text in {
+        "mooncake/__init__.py": "",
+        "mooncake_transfer_engine-0.3.10.dist-info/METADATA": metadata,
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert session_probe.mooncake_version() == "mooncake-transfer-engine 0.3.10.post2"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert session_probe.mooncake_version() == "of unknown version"
+
+
+# What is logged.
+
+
+def test_held_dropped_and_malformed_sessions_are_named_in_the_log(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_IDLE_TIMEOUT_S", "0.3")
+    engine = Engine()
+    engine.probe[OTHER] = REFUSED
+    manager = make_manager(engine)
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager))
+    send(manager, D)
+    blacklist(manager, D, "nonsense", OTHER)
+    assert wait_until(lambda: blacklisted(manager) <= {D})
+    texts = [
+        f"Session {D} failed again soon after its recovery; held for 1s",
+        "Session id 'nonsense' is not host:port with a port from 1 to 65535: it is never probed",
+        f"Forgot blacklisted session {OTHER}: no request for 0s",
+    ]
+    assert wait_until(lambda: set(texts) <= set(caplog.messages)), caplog.messages
+    assert OTHER not in manager.session_failures
+
+
+def test_a_fault_in_the_daemon_thread_is_logged_once_and_does_not_end_it(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL, "0.05")
+    manager = make_manager(Engine())
+    with monkeypatch.context() as fault:
+        fault.setattr(FailedSessions, "take_due", lambda *_: raises(RuntimeError("a fault of our own"))())
+        blacklist(manager, D)
+        assert wait_until(lambda: "a fault of our own" in caplog.text)
+        time.sleep(0.15)
+    assert wait_until(lambda: not blacklisted(manager)), "one fault of ours, and nobody is healed any more"
+    assert caplog.text.count("RuntimeError: a fault of our own") == 1
+
+
+def test_a_fault_in_what_sglang_calls_is_logged_once_and_sglang_goes_on(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(Engine())
+    with monkeypatch.context() as fault:
+        fault.setattr(FailedSessions, "_failed", lambda self, session: raises(RuntimeError("a fault of our own"))())
+        blacklist(manager, D, OTHER)
+        assert wait_until(lambda: "a fault of our own" in caplog.text)
+    assert caplog.text.count("RuntimeError: a fault of our own") == 1
+    assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.ERROR]
+    with pytest.raises(KVTransferError, match="is not alive"):
+        send(manager, D)
+
+
+# When nothing is to be started.
+
+
+@pytest.mark.parametrize(("name", "value"), [(INTERVAL, "nan"), (INTERVAL, "400"), (ENABLE, "maybe")])
+def test_a_wrong_setting_stops_a_prefill_node_before_anything_is_started(
+    name: str, value: str, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(MooncakeKVManager, "register_buffer_to_engine", raises(AssertionError("started")))
+    with pytest.raises(ValueError, match=f"{name}='?{value}'? is not allowed"):
+        make_manager(Engine())
+
+
+class Role(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@pytest.mark.parametrize("role", ["decode", Role.DECODE])
+def test_a_decode_node_starts_nothing_and_its_settings_do_not_matter(
+    role: Any, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL, "nan")
+    manager = make_manager(Engine(), role)
+    assert not hasattr(manager, "failed_sessions")
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+def test_a_role_may_be_an_enumeration(make_manager: MakeManager) -> None:
+    assert isinstance(make_manager(Engine(), Role.PREFILL).failed_sessions, FailedSessions)
+
+
+@pytest.mark.parametrize("switch", ["0", "off", ""])
+def test_switched_off_the_blacklist_is_a_plain_set_and_no_thread_runs(
+    switch: str, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENABLE, switch)
+    manager = make_manager(Engine())
+    assert type(manager.failed_sessions) is set
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+# On SGLang's own manager.
+
+
+class NativeManager:
+    """SGLang's manager, from 0.5.13 on: its constructor starts a probe thread."""
+
+    _failed_session_probe_loop = conn._failed_session_probe_loop
+    supports_role_switch = True
+
+    def __init__(self, engine: Any, disaggregation_mode: str, stopped: bool = False) -> None:
+        self.engine = engine
+        self._worker_threads: list[threading.Thread] = []
+        if disaggregation_mode == "prefill":
+            self.failed_sessions: Any = set()
+            self.session_failures: Any = collections.defaultdict(int)
+            self.session_lock = threading.Lock()
+            self._failed_session_probe_shutdown = threading.Event()
+            if stopped:
+                self._failed_session_probe_shutdown.set()
+            loop = self._failed_session_probe_loop
+            thread = threading.Thread(target=loop, name="MooncakeFailedSessionProbe", daemon=True)
+            thread.start()
+            self._worker_threads.append(thread)
+
+    def teardown(self) -> None:
+        self._failed_session_probe_shutdown.set()
+        for thread in self._worker_threads:
+            thread.join(3)
+
+
+def patched(manager: type[Any], give_up: Callable[[str], None] = pytest.fail) -> type[Any]:
+    """The class as a subclass with our constructor."""
+    init = conn._with_failed_session_probe(manager.__init__, "0.5.23", give_up)
+    return type(manager.__name__, (manager,), {"__init__": init})
+
+
+def test_a_native_probe_thread_runs_our_loop_and_there_is_no_second_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ENABLE, "1")
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0.05")
+    manager = patched(NativeManager)(Engine(), "prefill")
+    try:
+        assert len(threads("MooncakeFailedSessionProbe")) == 1
+        blacklist(manager, D)
+        assert wait_until(lambda: not blacklisted(manager))
+    finally:
+        manager.teardown()
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+def test_a_manager_that_was_stopped_before_the_blacklist_is_swapped_stays_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ENABLE, "1")
+    manager = patched(NativeManager)(Engine(), "prefill", stopped=True)
+    assert wait_until(lambda: not threads("MooncakeFailedSessionProbe"), 1.0)
+    manager.teardown()
+
+
+def test_a_decode_node_that_may_become_prefill_is_stopped_by_a_wrong_setting_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(INTERVAL, "inf")
+    with pytest.raises(ValueError, match=INTERVAL):
+        patched(NativeManager)(Engine(), "decode")
+
+
+def test_nothing_is_lost_when_the_blacklist_is_swapped_while_sglang_uses_it() -> None:
+    manager = bare(Engine(probe=REFUSED), failures=collections.defaultdict(int))
+    swapped = threading.Event()
+    started = threading.Barrier(5)
+
+    def transfers(host: str) -> None:
+        started.wait(5)
+        for port in range(1, 100_000):
+            blacklist(manager, f"{host}:{port}", f"{host}-back:{port}")
+            with manager.session_lock:
+                manager.failed_sessions.discard(f"{host}-back:{port}")
+            if swapped.is_set():
+                last.append((host, port))
+                return
+
+    last: list[tuple[str, int]] = []
+    workers = [threading.Thread(target=transfers, args=(host,)) for host in ("a", "b", "c", "d")]
+    for worker in workers:
+        worker.start()
+    started.wait(5)
+    time.sleep(0.02)
+    conn._prober_of(manager)
+    time.sleep(0.02)
+    swapped.set()
+    for worker in workers:
+        worker.join(5)
+    expected = {f"{host}:{port}" for host, until in last for port in range(1, until + 1)}
+    assert len(last) == 4
+    assert manager.failed_sessions == expected, "a failure or a registration was lost in the swap"
+    assert isinstance(manager.failed_sessions, FailedSessions)
+
+
+class LackingManager:
+    """A manager of some release that is not as we know it: ``attributes`` are all it has."""
+
+    def __init__(self, attributes: dict[str, Any], disaggregation_mode: str) -> None:
+        vars(self).update(attributes)
+
+
+COMPLETE = {"engine": Engine(), "failed_sessions": set(), "session_failures": {}, "session_lock": threading.Lock()}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        *(
+            ({name: COMPLETE[name] for name in COMPLETE if name != missing}, f"MooncakeKVManager.{missing}")
+            for missing in COMPLETE
+        ),
+        ({**COMPLETE, "failed_sessions": {}}, "set MooncakeKVManager.failed_sessions (it is a dict)"),
+        ({**COMPLETE, "failed_sessions": []}, "set MooncakeKVManager.failed_sessions (it is a list)"),
+    ],
+)
+def test_a_manager_that_lacks_what_the_probe_needs_is_left_alone_and_what_it_lacks_is_said(
+    attributes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENABLE, "1")
+    missing: list[str] = []
+    manager = patched(LackingManager, missing.append)(attributes, "prefill")
+    assert missing == [said]
+    assert vars(manager) == attributes
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+def test_a_probe_that_cannot_be_started_is_logged_and_the_node_starts_without_it(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_probe, "mooncake_version", raises(RuntimeError("a fault of our own")))
+    manager = make_manager(Engine())
+    send(manager, D)
+    assert "it could not start; SGLang is not affected" in caplog.text
+    assert not threads("MooncakeFailedSessionProbe")

@@ -1,0 +1,327 @@
+"""Do the promises about the blacklist hold for any order of failures, registrations, requests and answers?
+
+FAILED_SESSIONS_MACHINE=long runs a hundred times as many stories.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Optional
+from unittest import mock
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sglang.srt.disaggregation.mooncake import failed_sessions
+from sglang.srt.disaggregation.mooncake.failed_sessions import (
+    MIN_VERIFY_PAUSE_S,
+    PROBATION_S,
+    STUCK_AFTER_S,
+    Event,
+    Question,
+    Verdict,
+)
+from virtual_prober import (
+    DATA_PORT_DROPPED,
+    DATA_PORT_REJECTED,
+    HEALTHY,
+    HUNG,
+    REFUSING,
+    Entry,
+    Peer,
+    VirtualProber,
+)
+
+LONG = os.environ.get("FAILED_SESSIONS_MACHINE") == "long"
+
+# Small, so that a few sessions reach every limit.
+INTERVAL_S, MAX_INTERVAL_S, IDLE_TIMEOUT_S, SETTLE_S = 4.0, 16.0, 100.0, 1.0
+CONCURRENCY, STUCK_LIMIT, STUCK_RESERVE = 2, 4, 1
+A_MOMENT_S = 0.1
+
+SESSIONS = [f"decode:{port}" for port in range(1, 8)]
+MALFORMED = "no session id"
+PEERS = [
+    HEALTHY,
+    REFUSING,
+    HUNG,
+    DATA_PORT_REJECTED,
+    DATA_PORT_DROPPED,
+    Peer(takes=1.5, read_takes=3.0),  # answers, but late
+    Peer(takes=2.5, memory=Verdict.UNANSWERED),
+    Peer(memory=Verdict.CANNOT_TELL),
+    Peer(memory=Verdict.UNREADABLE, read_takes=0.3),
+]
+
+ANSWERED = (True, Verdict.READABLE, Verdict.CANNOT_TELL, Verdict.UNREADABLE)
+
+
+def some(sessions: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.lists(st.sampled_from(sessions), min_size=1, unique=True)
+
+
+@dataclasses.dataclass
+class Known:
+    """What an onlooker who takes notes knows of a session that was blacklisted and not registered since."""
+
+    blacklisted: bool = True
+    fresh: set[Question] = dataclasses.field(default_factory=set)  # asked since the newest failure
+    failed_at: float = 0.0
+    asked_for_at: float = 0.0
+    answered_since: Optional[float] = None
+    last_answer: Any = None
+    relapses: int = 0
+    hold_until: float = 0.0
+    no_read_before: float = 0.0
+    used_at: Optional[float] = None
+    to_be_read_again: bool = False  # let in unverified: read once more before it is forgotten
+
+    def quiet_since(self, now: float) -> bool:
+        """True if it was let in and has been used long enough, or not at all for so long, that its past is past."""
+        if self.blacklisted:
+            return False
+        if self.used_at is None:
+            return now - self.asked_for_at >= IDLE_TIMEOUT_S
+        return now - self.used_at >= PROBATION_S
+
+    def fails_open_after(self) -> float:
+        return min(INTERVAL_S * 2.0**self.relapses, MAX_INTERVAL_S)
+
+
+class Onlooker:
+    """Reads the log of what happened and says where a promise was broken."""
+
+    def __init__(self, verify: bool) -> None:
+        self.verifying = verify
+        self.known: dict[Any, Known] = {}
+        self.in_flight: dict[Any, Question] = {}
+        self.put_on = self.recovered = self.dropped = self.registered = 0
+
+    def blacklist(self) -> set[Any]:
+        return {session for session, known in self.known.items() if known.blacklisted}
+
+    def read(self, entry: Entry) -> None:
+        name = entry.what.name if isinstance(entry.what, Event) else entry.what
+        getattr(self, f"_read_{name.lower()}")(entry, self.known.get(entry.session))
+
+    def _read_failed(self, entry: Entry, known: Optional[Known]) -> None:
+        if known is None or known.quiet_since(entry.at):
+            known = self.known[entry.session] = Known()
+        elif not known.blacklisted:
+            known.relapses += 1
+            known.hold_until = entry.at + min(2.0 ** (known.relapses - 1), MAX_INTERVAL_S)
+        known.blacklisted = True
+        known.failed_at = known.asked_for_at = entry.at
+        known.answered_since = known.last_answer = None
+        known.fresh = set()
+
+    def _read_registered(self, entry: Entry, known: Optional[Known]) -> None:
+        self.registered += known is not None and known.blacklisted
+        self.known.pop(entry.session, None)
+
+    def _read_requested(self, entry: Entry, known: Optional[Known]) -> None:
+        if known is None:
+            return
+        if known.quiet_since(entry.at):
+            if not known.to_be_read_again:
+                del self.known[entry.session]
+        elif known.blacklisted:
+            known.asked_for_at = entry.at
+        elif known.used_at is None:
+            known.used_at = entry.at
+
+    def _read_probe(self, entry: Entry, known: Optional[Known]) -> None:
+        assert known is not None, f"{entry.session} was asked, and is not blacklisted"
+        assert known.blacklisted, f"{entry.session} was asked, and is not blacklisted"
+        self._read_question(entry, known)
+
+    def _read_verification(self, entry: Entry, known: Optional[Known]) -> None:
+        if known is not None:  # else its probation ends with this
+            assert not known.blacklisted or entry.at >= known.no_read_before, (
+                "read in Mooncake's cooldown: a core spins"
+            )
+            self._read_question(entry, known)
+
+    def _read_question(self, entry: Entry, known: Known) -> None:
+        assert entry.session != MALFORMED, "Mooncake was asked for what is no session id"
+        assert entry.session not in self.in_flight, f"two questions to {entry.session} at a time"
+        self.in_flight[entry.session] = entry.detail
+        known.fresh.add(entry.detail)
+
+    def _read_answer(self, entry: Entry, known: Optional[Known]) -> None:
+        question, answer = entry.detail
+        self.in_flight.pop(entry.session, None)
+        if known is None or question not in known.fresh:
+            return
+        if not known.blacklisted:
+            del self.known[entry.session]  # its quiet spell is over, and this was the last look at it
+            return
+        known.last_answer = answer
+        if answer not in ANSWERED:
+            known.answered_since = None
+        elif known.answered_since is None:
+            known.answered_since = entry.at
+        if answer is Verdict.UNREADABLE:
+            pause_s = max(MIN_VERIFY_PAUSE_S, 10.0 * (entry.at - question.asked_at))
+            known.no_read_before = entry.at + pause_s - A_MOMENT_S
+
+    def _read_recovered(self, entry: Entry, known: Optional[Known]) -> None:
+        assert known is not None, f"{entry.session} was let in, and was not blacklisted"
+        assert known.blacklisted, f"{entry.session} was let in, and was not blacklisted"
+        assert known.answered_since is not None, f"{entry.session} was let in on no answer since its newest failure"
+        answered_for = entry.at - known.answered_since
+        assert answered_for >= SETTLE_S - 0.001, f"{entry.session} was let in before it had settled"
+        assert entry.at >= known.hold_until, f"{entry.session} was let in before its hold had passed"
+        if entry.detail["unverified"] is not None:
+            assert answered_for >= known.fails_open_after() - 0.001, f"{entry.session} was let in too early unverified"
+        else:
+            proofs = [Verdict.READABLE, Verdict.CANNOT_TELL] + [True] * (not self.verifying)
+            assert known.last_answer in proofs, f"{entry.session} was let in after {known.last_answer}"
+        known.blacklisted, known.used_at = False, None
+        known.to_be_read_again = entry.detail["unverified"] is not None
+        self.recovered += 1
+
+    def _read_dropped(self, entry: Entry, known: Optional[Known]) -> None:
+        assert known is not None, f"{entry.session} was forgotten, and was not blacklisted"
+        assert entry.at - known.asked_for_at >= IDLE_TIMEOUT_S - 0.001, f"{entry.session} was forgotten too early"
+        del self.known[entry.session]
+        self.dropped += 1
+
+    def _read_blacklisted(self, entry: Entry, known: Optional[Known]) -> None:
+        self.put_on += 1
+
+    def _read_held(self, entry: Entry, known: Optional[Known]) -> None:
+        assert known is not None, "held, and nothing is known of it"
+        assert entry.at + entry.detail["hold_s"] == known.hold_until
+
+    def _read_malformed(self, entry: Entry, known: Optional[Known]) -> None:
+        assert entry.session == MALFORMED
+
+    def _read_verification_off(self, entry: Entry, known: Optional[Known]) -> None:
+        self.verifying = False
+
+
+class BlacklistMachine(RuleBasedStateMachine):
+    """Seven decode nodes and one prefill node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits = mock.patch.multiple(failed_sessions, STUCK_LIMIT=STUCK_LIMIT, STUCK_RESERVE=STUCK_RESERVE)
+        self.limits.start()
+        self.read = 0
+
+    def teardown(self) -> None:
+        self.limits.stop()
+
+    @initialize(jitter=st.sampled_from([0.0, 0.5, 1.0]), verify=st.booleans())
+    def start(self, jitter: float, verify: bool) -> None:
+        self.onlooker = Onlooker(verify)
+        self.prober = VirtualProber(
+            jitter=jitter,
+            interval_s=INTERVAL_S,
+            max_interval_s=MAX_INTERVAL_S,
+            idle_timeout_s=IDLE_TIMEOUT_S,
+            settle_s=SETTLE_S,
+            concurrency=CONCURRENCY,
+            verify=verify,
+        )
+
+    @rule(sessions=some([*SESSIONS, MALFORMED]), peer=st.sampled_from(PEERS))
+    def fail(self, sessions: list[str], peer: Peer) -> None:
+        self.prober.fail(*sessions, peer=peer)
+
+    @rule(sessions=some(SESSIONS), peer=st.sampled_from(PEERS))
+    def change_peers(self, sessions: list[str], peer: Peer) -> None:
+        for session in sessions:
+            self.prober.becomes(session, peer)
+
+    @rule(session=st.sampled_from([*SESSIONS, MALFORMED]))
+    def register(self, session: str) -> None:
+        self.prober.register(session)
+
+    @rule(session=st.sampled_from([*SESSIONS, MALFORMED]))
+    def request(self, session: str) -> None:
+        refused = self.prober.request(session)
+        assert refused == (session in self.seen_blacklist())
+
+    @rule(session=st.sampled_from(SESSIONS))
+    def resume(self, session: str) -> None:
+        self.prober.resume(session)
+
+    @precondition(lambda self: self.prober.out)
+    @rule(data=st.data())
+    def some_answer_comes_now(self, data: st.DataObject) -> None:
+        question = data.draw(st.sampled_from(sorted(self.prober.out, key=lambda question: question.session)))
+        answer = st.sampled_from(list(Verdict)) if question.verify else st.booleans()
+        self.prober.answer(question, data.draw(answer))
+
+    @rule(seconds=st.sampled_from([0.0, 0.1, 0.3, 1.0, 1.2, 3.0, 10.0, 61.0, 101.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.prober.run(seconds)
+
+    @rule()
+    def everybody_heals(self) -> None:
+        """Whoever answers from now on, and can be read, is let in within the promised time."""
+        self.prober.run(0)
+        for session in SESSIONS:
+            self.prober.request(session)
+            self.prober.resume(session)
+        blacklist = self.seen_blacklist()
+        promised = {s: self.prober.clock.now + self.promised_s(self.onlooker.known[s]) for s in blacklist - {MALFORMED}}
+        self.prober.run(max([*promised.values(), self.prober.clock.now]) - self.prober.clock.now)
+        for session, at in promised.items():
+            moments = [moment for moment, _ in self.prober.let_in(session)]
+            assert moments, f"{session} healed and was not let in"
+            assert moments[-1] <= at, f"{session} was let in {moments[-1] - at:.3f} s later than promised"
+
+    def promised_s(self, known: Known) -> float:
+        now = self.prober.clock.now
+        gap_s = min(INTERVAL_S, 1.1 * max(0.25, 0.1 * (now - known.failed_at)))
+        pause_s = min(known.no_read_before - now, gap_s + known.fails_open_after())
+        return max(gap_s + SETTLE_S, known.hold_until - now, pause_s) + A_MOMENT_S + A_MOMENT_S
+
+    def seen_blacklist(self) -> set[Any]:
+        """The blacklist as an onlooker knows it, after all that has happened until now."""
+        self.prober.seen(Event.FAULT)
+        for entry in self.prober.log[self.read :]:
+            self.onlooker.read(entry)
+        self.read = len(self.prober.log)
+        return self.onlooker.blacklist()
+
+    @invariant()
+    def the_blacklist_is_what_the_onlooker_says(self) -> None:
+        assert self.prober.sessions == self.seen_blacklist()
+
+    @invariant()
+    def nothing_is_tracked_but_the_blacklisted_and_those_on_probation(self) -> None:
+        tracked = set(self.prober.sessions._tracked)
+        assert self.seen_blacklist() <= tracked <= set(self.onlooker.known), "a record nobody needs stays for good"
+
+    @invariant()
+    def events_add_up(self) -> None:
+        blacklisted = len(self.seen_blacklist())
+        onlooker = self.onlooker
+        gone = onlooker.recovered + onlooker.dropped + onlooker.registered
+        assert onlooker.put_on == gone + blacklisted, "the metrics do not add up"
+
+    @invariant()
+    def limits_are_kept(self) -> None:
+        out = self.prober.out
+        assert len(out) == self.prober.sessions.in_flight()
+        ages = [self.prober.clock.now - question.asked_at for question in out if not question.verify]
+        assert sum(age < STUCK_AFTER_S for age in ages) <= CONCURRENCY
+        assert len(ages) <= STUCK_LIMIT + CONCURRENCY, "more threads hang than are allowed"
+        verifications = [self.prober.clock.now - question.asked_at for question in out if question.verify]
+        assert len(verifications) <= 2
+        assert sum(age < STUCK_AFTER_S for age in verifications) <= 1, "two peers are verified at a time"
+
+
+TestBlacklist = BlacklistMachine.TestCase
+TestBlacklist.settings = settings(
+    max_examples=4000 if LONG else 60,
+    stateful_step_count=60 if LONG else 30,
+    derandomize=not LONG,  # the same stories each time, so that a run does not fail by chance
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)
