@@ -1,6 +1,7 @@
 """What does our package do to SGLang's modules in a fresh interpreter? Prints the answer as JSON.
 
     door_process.py active [plugins]     import the connector, after SGLang's plugins if so asked, say what runs there
+    door_process.py engine               import the engine's module alone, and say whether the connector came with it
     door_process.py undone               import the connector unpatched, activate and deactivate, and say what changed
 
 It runs in the environment of an SGLang release, so it imports nothing of the tests.
@@ -35,6 +36,12 @@ def active(plugins: str = "") -> dict[str, Any]:
         "send_probe": file_of(engine.MooncakeTransferEngine, "send_probe"),
         "knows_our_settings": hasattr(sys.modules[ENVIRON].envs, "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"),
     }
+
+
+def engine() -> bool:
+    """Whether importing the engine's module imports the connector, which SGLang's launcher must not do."""
+    importlib.import_module(ENGINE)
+    return CONN in sys.modules
 
 
 def file_of(owner: type, method: str) -> str:
@@ -110,4 +117,4 @@ def changed(names: Names, others: Names) -> list[str]:
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what SGLang prints goes to stderr
-    print(json.dumps({"active": active, "undone": undone}[sys.argv[1]](*sys.argv[2:])), file=answers)
+    print(json.dumps({"active": active, "engine": engine, "undone": undone}[sys.argv[1]](*sys.argv[2:])), file=answers)

@@ -42,6 +42,12 @@ def test_the_probe_is_active_through_either_door(
     assert found["knows_our_settings"]
 
 
+def test_the_engines_module_does_not_bring_the_connector_with_it(place_with: Callable[..., Place]) -> None:
+    """SGLang's launcher imports the one before its arguments are there and its metrics have a place; not the other."""
+    place = place_with("sglang-0.5.23", "wheel")
+    assert json.loads(place.run(PROCESS, "engine", **ON).stdout) is False
+
+
 @pytest.fixture(scope="module", params=RELEASES)
 def undone(request: pytest.FixtureRequest, place_with: Callable[..., Place]) -> dict[str, list[str]]:
     """What activate() and deactivate() have changed in a process that had imported the stock connector."""

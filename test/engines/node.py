@@ -108,6 +108,9 @@ class Node:
         """SIGSTOP, and SIGCONT afterwards."""
         os.kill(self.process.pid, signal.SIGSTOP)
         try:
+            deadline = time.monotonic() + 5
+            while not _stands_still(self.process.pid):  # kill() returns before all threads do
+                assert time.monotonic() < deadline, "a stopped process has a thread that runs"
             yield
         finally:
             os.kill(self.process.pid, signal.SIGCONT)
@@ -122,6 +125,11 @@ class Node:
         assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+def _stands_still(pid: int) -> bool:
+    stats = pathlib.Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 class Network:

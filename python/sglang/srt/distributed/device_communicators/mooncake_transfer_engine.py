@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from sglang.srt.disaggregation.mooncake.session_probe import ask as _ask_session
-
 if TYPE_CHECKING:
     from typing import Any, Optional
 
@@ -20,7 +18,10 @@ def send_probe(self: Any, peer_session_id: str) -> int:
 
     Blocks for 0.2 ms for a live peer, for a minute and longer for a stopped one; any thread, no lock held.
     """
-    return _ask_session(self.engine, peer_session_id)
+    # Not before: SGLang imports this module early, and the connector's package pulls in half of SGLang.
+    from sglang.srt.disaggregation.mooncake.session_probe import ask
+
+    return ask(self.engine, peer_session_id)
 
 
 def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
