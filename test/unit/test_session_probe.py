@@ -1,0 +1,101 @@
+"""Is a peer asked and its memory read as promised, and what is said of it? On engines that are Python objects."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import types
+from typing import Any
+
+import pytest
+from fake_engine import REFUSED, Engine, raises
+from sglang.srt.disaggregation.mooncake import session_probe
+from sglang.srt.disaggregation.mooncake.conn import PeerMemory
+from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
+from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
+
+D = "decode:7001"
+SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
+
+
+def reader(engine: Any, registration: Any = SOME_MEMORY) -> MemoryReader:
+    return MemoryReader(engine, lambda: {D: registration})
+
+
+def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once() -> None:
+    engine = Engine()
+    peer = reader(engine)
+    assert peer.verify(D) == (Verdict.READABLE, "")
+    assert peer.verify(D) == (Verdict.READABLE, "")
+    (scratch,) = {read[1] for read in engine.reads}
+    assert scratch
+    assert engine.reads == [(D, scratch, 8192, 8)] * 8, "four lanes a peer, each can be dead for itself"
+
+
+def test_memory_is_only_read_right_after_an_answer() -> None:
+    engine = Engine(probe=REFUSED)
+    assert reader(engine).verify(D) == (Verdict.UNANSWERED, "")
+    assert engine.reads == [], "a read of a stopped peer holds up transfers to live ones for a minute"
+
+
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (-1, "gave -1"),
+        (3, "gave 3"),
+        (None, "gave None"),
+        (True, "gave True"),
+        (raises(OSError(5)), "raised OSError(5)"),
+    ],
+)
+def test_the_first_read_that_fails_makes_a_peer_unreadable_and_says_why(read: Any, why: str) -> None:
+    engine = Engine(read=read)
+    verdict, said = reader(engine).verify(D)
+    assert verdict is Verdict.UNREADABLE
+    assert why in said
+    assert len(engine.reads) == 1
+
+
+def test_a_read_that_fails_after_others_succeeded_makes_a_peer_unreadable() -> None:
+    rcs = iter([0, 0, 0, -1])
+    assert reader(Engine(read=lambda: next(rcs))).verify(D)[0] is Verdict.UNREADABLE
+
+
+@pytest.mark.parametrize(
+    "registration",
+    [None, PeerMemory([], []), PeerMemory([0], [0]), types.SimpleNamespace(), types.SimpleNamespace(dst_aux_ptrs=None)],
+    ids=repr,
+)
+def test_without_an_address_the_handshake_decides(registration: Any) -> None:
+    assert reader(Engine(), registration).verify(D) == (Verdict.CANNOT_TELL, "")
+
+
+def test_without_auxiliary_memory_the_kv_memory_is_read() -> None:
+    engine = Engine()
+    assert reader(engine, PeerMemory(dst_kv_ptrs=[4096])).verify(D)[0] is Verdict.READABLE
+    assert {read[2] for read in engine.reads} == {4096}
+
+
+@pytest.mark.parametrize(("mooncake", "rc"), [(Engine(), 0), (Engine(probe=REFUSED), REFUSED), (object(), -1)])
+def test_the_wrapper_of_the_engine_gives_mooncakes_answer_or_minus_one_if_it_cannot_probe(
+    mooncake: Any, rc: int
+) -> None:
+    wrapper = types.SimpleNamespace(engine=mooncake)
+    assert MooncakeTransferEngine.send_probe(wrapper, D) == rc
+
+
+def test_the_wheel_that_import_mooncake_finds_is_named_with_its_version(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = "Metadata-Version: 2.1\nName: mooncake-transfer-engine\nVersion: 0.3.10.post2\n"
+    for name, text in {
+        "mooncake/__init__.py": "",
+        "mooncake_transfer_engine-0.3.10.dist-info/METADATA": metadata,
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert session_probe.mooncake_version() == "mooncake-transfer-engine 0.3.10.post2"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert session_probe.mooncake_version() == "of unknown version"
