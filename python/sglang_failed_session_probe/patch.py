@@ -128,17 +128,17 @@ def uninstall() -> None:
 def _change(module: types.ModuleType) -> None:
     """Runs our file in SGLang's module. Import hooks call this: nothing may escape it."""
     patch = _patch
-    file, wanted = _PATCHED[module.__name__]
-    source = source_folder() / file
     if patch is None or not patch.active or module.__name__ in patch.changed:
-        return
-    if module.__file__ == str(source):
-        return  # SGLang has no such module: this is our own
-    if wanted is not None and not hasattr(module, wanted):
-        patch.give_up(f"{module.__name__}.{wanted}")
         return
     patch.changed.add(module.__name__)
     try:
+        file, wanted = _PATCHED[module.__name__]
+        source = source_folder() / file
+        if module.__file__ == str(source):
+            return  # SGLang has no such module: this is our own
+        if wanted is not None and not hasattr(module, wanted):
+            patch.give_up(f"{module.__name__}.{wanted}")
+            return
         if _ENTRY not in vars(module):
             _run_in(module, source)
         if patch.active:  # what the file imports may have given up meanwhile

@@ -701,10 +701,52 @@ class NativeManager:
             thread.join(3)
 
 
+class Patch:
+    """What puts our file into SGLang, as far as a constructor uses it."""
+
+    active = True
+
+    def __init__(self, give_up: Callable[[str], None] = pytest.fail) -> None:
+        self.give_up = give_up
+
+    def replace(self, owner: Any, name: str, value: object) -> None:
+        setattr(owner, name, value)
+
+    def sglang_version(self) -> str:
+        return "0.5.23"
+
+
 def patched(manager: type[Any], give_up: Callable[[str], None] = pytest.fail) -> type[Any]:
     """The class as a subclass with our constructor."""
-    init = conn._with_failed_session_probe(manager.__init__, "0.5.23", give_up)
+    init = conn._with_failed_session_probe(manager.__init__, Patch(give_up))
     return type(manager.__name__, (manager,), {"__init__": init})
+
+
+def test_a_patch_that_was_given_up_while_the_manager_was_made_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENABLE, "1")
+    patch = Patch()
+
+    class Manager:
+        def __init__(self, args: Any, disaggregation_mode: str = "prefill") -> None:
+            self.engine, self.session_lock = args, threading.Lock()
+            self.failed_sessions: set[str] = set()
+            self.session_failures: dict[str, int] = {}
+            patch.active = False
+
+    Manager.__init__ = conn._with_failed_session_probe(Manager.__init__, patch)  # type: ignore[method-assign]
+    assert type(Manager(Engine()).failed_sessions) is set
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+def test_the_loop_stops_when_an_event_is_set_that_somebody_held_before_it_ran() -> None:
+    manager = bare(Engine(), failures=collections.defaultdict(int))
+    event = manager._failed_session_probe_shutdown = threading.Event()
+    loop = threading.Thread(target=conn._failed_session_probe_loop, args=(manager,), daemon=True)
+    loop.start()
+    assert wait_until(lambda: hasattr(manager, "_failed_session_prober"))
+    event.set()
+    loop.join(2)
+    assert not loop.is_alive()
 
 
 def test_a_native_probe_thread_runs_our_loop_and_there_is_no_second_one(

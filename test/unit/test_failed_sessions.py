@@ -339,7 +339,9 @@ def test_an_unverified_peer_that_is_used_and_healthy_for_its_probation_switches_
     prober.fail(D, peer=DATA_PORT_REJECTED)
     prober.run(31)
     assert not prober.request(D)
-    prober.run(60)
+    prober.run(30)
+    assert not prober.request(D)
+    prober.run(30)
     assert not prober.request(D)
     prober.run(0.1)
     assert prober.moments(Event.VERIFICATION_OFF) == about([91.0])
@@ -354,6 +356,7 @@ def test_a_peer_whose_memory_can_be_read_at_the_end_of_its_probation_leaves_veri
     prober.fail(D, peer=DATA_PORT_REJECTED)
     prober.run(31)
     prober.request(D)
+    prober.request(D)
     prober.becomes(D, HEALTHY)
     prober.run(60)
     prober.request(D)
@@ -366,6 +369,7 @@ def test_a_peer_that_does_not_answer_at_the_end_of_its_probation_leaves_verifica
     prober = VirtualProber()
     prober.fail(D, peer=DATA_PORT_REJECTED)
     prober.run(31)
+    prober.request(D)
     prober.request(D)
     prober.becomes(D, Peer(memory=Verdict.UNANSWERED))
     prober.run(60)
@@ -385,11 +389,24 @@ def test_an_unverified_peer_that_nobody_used_teaches_nothing() -> None:
     assert prober.sessions.verifying
 
 
+def test_a_registration_on_probation_is_no_use_that_teaches() -> None:
+    """Up to 0.5.21 a registration looks the session up and finds it gone: it may be no request at all."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(40)
+    prober.request(D)  # the look-up of a registration
+    prober.run(80)
+    prober.request(D)
+    prober.run(1)
+    assert prober.sessions.verifying, "verification was switched off though no transfer was done"
+
+
 def test_an_unverified_peer_teaches_also_when_requests_end_before_its_probation_does() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=DATA_PORT_REJECTED)
     prober.fail("stopped:1", peer=HUNG)
     prober.run(31)
+    prober.request(D)
     prober.request(D)
     prober.request("stopped:1")
     prober.run(600)

@@ -6,8 +6,8 @@ So it is imported on first use only: in the prefill scheduler, when the first ma
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import threading
+from typing import Any, Optional
 
 
 class LazyCounter:
@@ -16,14 +16,15 @@ class LazyCounter:
     def __init__(self, name: str, documentation: str) -> None:
         self._name = name
         self._documentation = documentation
-
-    @functools.cached_property
-    def _counter(self) -> Any:
-        from prometheus_client import Counter
-
-        return Counter(self._name, self._documentation)
+        self._lock = threading.Lock()
+        self._counter: Optional[Any] = None
 
     def __getattr__(self, name: str) -> Any:
+        with self._lock:
+            if self._counter is None:
+                from prometheus_client import Counter
+
+                self._counter = Counter(self._name, self._documentation)
         return getattr(self._counter, name)
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     class _Patch(Protocol):
         """What puts this file into SGLang, as far as it is used here."""
 
+        active: bool
+
         def replace(self, owner: Any, name: str, value: object) -> None: ...
         def give_up(self, missing: str) -> None: ...
         def sglang_version(self) -> str: ...
@@ -53,9 +55,15 @@ _LONGEST_WAIT_S = 3600.0
 class _ProbeShutdown(threading.Event):
     """The event that stops the loop. The loop waits for its inbox alone, so setting it puts a line there."""
 
-    def __init__(self, inbox: queue.SimpleQueue[Any]) -> None:
-        super().__init__()
-        self._inbox = inbox
+    _inbox: queue.SimpleQueue[Any]
+
+    @classmethod
+    def of(cls, event: threading.Event, inbox: queue.SimpleQueue[Any]) -> _ProbeShutdown:
+        """Makes the event itself one of these, because somebody may hold it already and set it later."""
+        event.__class__ = cls
+        assert isinstance(event, _ProbeShutdown)
+        event._inbox = inbox
+        return event
 
     def set(self) -> None:
         """Stops the loop. Any thread."""
@@ -81,7 +89,9 @@ class _FailedSessionProber:
         self._thread: Optional[threading.Thread] = None
         self._raising: set[str] = set()  # sessions whose probes raise, each said once
         self._fault_said = False
-        self.shutdown = _ProbeShutdown(self._inbox)
+        self.shutdown = _ProbeShutdown.of(
+            getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event(), self._inbox
+        )
         self.sessions = _blacklist.FailedSessions(
             settings,
             manager.failed_sessions,
@@ -139,11 +149,11 @@ class _FailedSessionProber:
             with self._lock:
                 questions = [] if self.shutdown.is_set() else self.sessions.take_due(due_by)
                 wait_s = None if questions else self.sessions.next_due_in()
+            for question in questions:
+                workers.start(self._look, question, answers)
             self._report()
             if not questions:
                 return started, wait_s
-            for question in questions:
-                workers.start(self._look, question, answers)
             started += len(questions)
 
     def _look(self, question: _blacklist.Question) -> Any:
@@ -171,8 +181,11 @@ class _FailedSessionProber:
 
     def _report(self) -> None:
         """Logs and counts what happened since the last time. No lock held."""
-        while self.sessions.events:
-            event, session, details = self.sessions.events.popleft()
+        while True:
+            try:
+                event, session, details = self.sessions.events.popleft()
+            except IndexError:  # another thread may report too
+                return
             if event in (_blacklist.Event.RECOVERED, _blacklist.Event.DROPPED):
                 self._raising.discard(session)
             if event is _blacklist.Event.RECOVERED:
@@ -243,8 +256,9 @@ def _run_bare_pass(manager: Any) -> None:
     unasked = _blacklist.FailedSessions(FailedSessionProbeSettings(), counts)
     workers = _session_probe.Workers(_WORKER_THREAD)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    while len(unasked):
-        for question in unasked.take_due():
+    shutdown = getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event()
+    while len(unasked) and (unasked.in_flight() or not shutdown.is_set()):
+        for question in [] if shutdown.is_set() else unasked.take_due():
             workers.start(lambda asked: _session_probe.ask(manager.engine, asked.session), question, answers)
         for question, rc, error in _received(answers, unasked.next_due_in()):
             session = question.session
@@ -288,12 +302,9 @@ def _prober_of(manager: Any) -> _FailedSessionProber:
         prober = getattr(manager, "_failed_session_prober", None)
         if prober is None:
             prober = _FailedSessionProber(manager, FailedSessionProbeSettings.from_environment())
-            stopped = getattr(manager, "_failed_session_probe_shutdown", None)
             manager.failed_sessions = prober.sessions
             manager._failed_session_prober = prober
             manager._failed_session_probe_shutdown = prober.shutdown
-            if stopped is not None and stopped.is_set():
-                prober.shutdown.set()
         return prober
 
 
@@ -310,38 +321,38 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
             mooncake,
             _session_probe.FIRST_MOONCAKE_WITH_PROBE,
         )
-    FAILED_SESSION_RECOVERIES.inc(0)  # can be scraped from now on
     if not native:
         thread = threading.Thread(target=manager._failed_session_probe_loop, name=_PROBE_THREAD, daemon=True)
         thread.start()
         getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
+    FAILED_SESSION_RECOVERIES.inc(0)  # can be scraped from now on
 
 
-def _with_failed_session_probe(
-    init: Callable[..., None], sglang_version: str, give_up: Callable[[str], None]
-) -> Callable[..., None]:
+def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch]) -> Callable[..., None]:
     """The constructor of MooncakeKVManager with the settings checked before it and the probe started after it.
 
-    ``give_up(missing)`` is called, and nothing started, where the manager lacks what the probe needs.
+    Where the manager lacks what the probe needs, the patch is given up and nothing started. Alone there is no patch.
     """
     signature = inspect.signature(init)
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        role = signature.bind(self, *args, **kwargs).arguments["disaggregation_mode"]
+        arguments = signature.bind(self, *args, **kwargs)
+        arguments.apply_defaults()
+        role = arguments.arguments["disaggregation_mode"]
         prefill = getattr(role, "value", role) == "prefill"
         # A decode manager that may become prefill later must not fail then.
         if prefill or getattr(self, "supports_role_switch", False):
             settings = FailedSessionProbeSettings.from_environment()
         init(self, *args, **kwargs)
-        if not prefill or not settings.enabled:
+        if not prefill or not settings.enabled or (patch and not patch.active):
             return
         missing = _missing_of(self)
-        if missing:
-            give_up(missing)
+        if missing and patch:
+            patch.give_up(missing)
             return
         try:
-            _start_failed_session_probe(self, settings, sglang_version)
+            _start_failed_session_probe(self, settings, patch.sglang_version() if patch else "not there")
         except Exception:
             logger.exception("Failed-session probe: it could not start; SGLang is not affected")
 
@@ -377,9 +388,7 @@ def patch_failed_session_probe(patch: _Patch, sglang: dict[str, Any]) -> None:
     loop.__doc__ = _failed_session_probe_loop.__doc__
     patch.replace(manager, "_failed_session_probe_loop", loop)
     patch.replace(manager, "_run_one_probe_pass", _run_one_probe_pass)
-    patch.replace(
-        manager, "__init__", _with_failed_session_probe(manager.__init__, patch.sglang_version(), patch.give_up)
-    )
+    patch.replace(manager, "__init__", _with_failed_session_probe(manager.__init__, patch))
 
 
 if "MooncakeKVManager" not in globals():
@@ -477,5 +486,5 @@ if "MooncakeKVManager" not in globals():
             self.engine.batch_deregister(self._regions()[0])
 
     MooncakeKVManager.__init__ = _with_failed_session_probe(  # type: ignore[method-assign]
-        MooncakeKVManager.__init__, "not there", logger.error
+        MooncakeKVManager.__init__, patch=None
     )

@@ -87,6 +87,11 @@ class Question:
     asked_at: float
     verify: bool
 
+    @property
+    def stuck_at(self) -> float:
+        """From this moment on it no longer counts against the limit of those under way."""
+        return self.asked_at + STUCK_AFTER_S
+
 
 class _Session:
     """What is known of a session that is blacklisted or on probation. Times are the injected clock's."""
@@ -107,6 +112,7 @@ class _Session:
         "requested_at",
         "unreadable",  # why its memory could not be read, None if that was not found
         "used_at",  # on probation: when a request first used it, or None
+        "uses",
         "verify_after",
         "waits_for_probe",
         "waits_for_verification",
@@ -140,6 +146,7 @@ class _Session:
         self.due_at = _NEVER
         self.waits_for_verification = False
         self.used_at: Optional[float] = None
+        self.uses = 0
 
 
 class FailedSessions(set[Any]):
@@ -267,10 +274,9 @@ class FailedSessions(set[Any]):
             return None
         now = self._clock()
         moments = [heap[0][0] for heap in (self._schedule, self._end_checks) if heap]
-        moments += [question.asked_at + STUCK_AFTER_S for question in itertools.islice(self._young, 1)]
+        moments += [question.stuck_at for question in itertools.islice(self._young, 1)]
         if self._to_verify:
-            free_at = (question.asked_at + STUCK_AFTER_S for question in self._verifications)
-            moments += [at for at in free_at if at > now]
+            moments += [question.stuck_at for question in self._verifications if question.stuck_at > now]
         return max(0.0, min(moments) - now) if moments else None
 
     def answered(self, question: Question, answered: bool) -> None:
@@ -352,8 +358,9 @@ class FailedSessions(set[Any]):
             record.refused += 1
         elif now >= self._ends_at(record):  # this request tells: no timer runs for it
             self._probation_ends(record)
-        elif record.used_at is None:
-            record.used_at = now
+        else:
+            record.uses += 1
+            record.used_at = record.used_at or now
 
     def _tell(self, event: Event, session: Any, **details: Any) -> None:
         self.events.append((event, session, details))
@@ -400,7 +407,8 @@ class FailedSessions(set[Any]):
         self._tell(Event.RECOVERED, record.id, outage_s=outage_s, refused=record.refused, unverified=unverified)
 
     def _probation_ends(self, record: _Session) -> None:
-        if record.used_at is None or not (record.unreadable and self.verifying):
+        # Once is no proof: a registration looks it up too (to 0.5.21), and the request that ends it has sent nothing.
+        if record.uses < 2 or not (record.unreadable and self.verifying):
             self._end_probation(record, reads_prove_nothing=False)
         elif not record.waits_for_verification:  # in use and healthy: can its memory still not be read?
             record.waits_for_verification = True
@@ -486,7 +494,7 @@ class FailedSessions(set[Any]):
 
     def _next_to_verify(self, now: float) -> Optional[_Session]:
         if len(self._verifications) >= VERIFICATION_LIMIT or any(
-            now - question.asked_at < STUCK_AFTER_S for question in self._verifications
+            now < question.stuck_at for question in self._verifications
         ):
             return None
         while self._to_verify:
@@ -547,7 +555,7 @@ class FailedSessions(set[Any]):
     def _note_stuck(self, now: float) -> None:
         while self._young:
             question = next(iter(self._young))
-            if now - question.asked_at < STUCK_AFTER_S:
+            if now < question.stuck_at:
                 return
             self._young_unproven -= self._young.pop(question)
             self._stuck += 1

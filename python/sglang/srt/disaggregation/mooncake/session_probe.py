@@ -5,6 +5,7 @@ A probe can hang for a minute and cannot be cancelled, so it runs on a daemon th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -34,11 +35,12 @@ def can_probe(engine: Any) -> bool:
 
 def mooncake_version() -> str:
     """Name and version of the wheel that ``import mooncake`` finds. Takes milliseconds; any thread."""
-    spec = importlib.util.find_spec("mooncake")
-    for package in (spec and spec.submodule_search_locations) or ():
-        for metadata in sorted(pathlib.Path(package).parent.glob("mooncake*.dist-info")):
-            distribution = importlib.metadata.Distribution.at(metadata)
-            return f"{distribution.metadata['Name']} {distribution.version}"
+    with contextlib.suppress(Exception):  # only words for the log: nothing may depend on them
+        spec = importlib.util.find_spec("mooncake")
+        for package in (spec and spec.submodule_search_locations) or ():
+            for metadata in sorted(pathlib.Path(package).parent.glob("mooncake*.dist-info")):
+                distribution = importlib.metadata.Distribution.at(metadata)
+                return f"{distribution.metadata['Name']} {distribution.version}"
     return "of unknown version"
 
 
