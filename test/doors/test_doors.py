@@ -24,8 +24,9 @@ RELEASES = ["0.5.10.post1", "0.5.12.post1", "0.5.23"]
         ("0.5.23", "editable", "installed", "entry point"),
         ("0.5.23", "editable", "by finder", ".pth"),
         ("0.5.23", "editable", "by path", ".pth"),
-        ("0.5.12.post1", "wheel", "by finder", "entry point"),
-        ("0.5.10.post1", "editable", "by path", ".pth"),
+        ("0.5.23", "wheel", "by finder", "entry point"),
+        ("0.5.12.post1", "wheel", "installed", "entry point"),
+        ("0.5.10.post1", "editable", "installed", ".pth"),
     ],
 )
 def test_the_probe_is_active_through_either_door(
