@@ -96,11 +96,11 @@ class Node:
         return [r["message"] for r in records if containing in r["message"] and level in ("", r["level"])]
 
     def stop(self) -> None:
-        """Stop the process (SIGSTOP) and return when the kernel says that it is stopped."""
+        """Stop the process (SIGSTOP) and return when the kernel says that all of its threads are stopped."""
         os.kill(self._process.pid, signal.SIGSTOP)
-        stat = pathlib.Path(f"/proc/{self._process.pid}/stat")
+        threads = list(pathlib.Path(f"/proc/{self._process.pid}/task").glob("*/stat"))
         deadline = time.monotonic() + 5
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in threads):
             if time.monotonic() > deadline:
                 raise NodeEnded(f"{self.role} does not stop")
             time.sleep(0.001)

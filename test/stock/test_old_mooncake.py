@@ -29,6 +29,10 @@ def test_one_warning_names_the_installed_and_the_needed_version(prefill: Node) -
 
 
 def test_nothing_more_is_said_while_a_session_stays_blacklisted(prefill: Node) -> None:
+    deadline = time.monotonic() + 10
+    while not prefill.records(containing="Starting failed-session probe loop"):
+        assert time.monotonic() < deadline, "the daemon thread has not started"
+        time.sleep(0.05)
     before = prefill.records()
     prefill.ask("blacklist", session="127.0.0.1:1")
     time.sleep(SEVERAL_PROBES_S)
