@@ -14,7 +14,7 @@ test: network-tools
 
 # What needs no SGLang.
 test-fast: network-tools
-	$(ENGINES) -m pytest -n 6 test/unit test/engines
+	$(ENGINES) -m pytest -n 6 test/unit test/faults/test_recovery.py
 
 wheel:
 	$(ENGINES) -m build --wheel --no-isolation .
