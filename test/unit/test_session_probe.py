@@ -20,7 +20,7 @@ SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
 
 
 def reader(engine: Any, registration: Any = SOME_MEMORY) -> MemoryReader:
-    return MemoryReader(engine, lambda: {D: registration})
+    return MemoryReader(engine, {D: registration}.get)
 
 
 def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once() -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         def sglang_version(self) -> str: ...
 
 
-logger = logging.getLogger(__name__)
+_probe_logger = logging.getLogger(__name__)
 
 if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has its own
     from sglang.srt.observability.failed_session_metrics import FAILED_SESSION_RECOVERIES
@@ -48,6 +48,12 @@ _WORKER_THREAD = "MooncakeSessionWorker"
 _STOP_GRACE_S = 0.2
 # Answers handed over in one hold of session_lock, which is to take microseconds.
 _ANSWERS_AT_A_TIME = 32
+# Threads that may hang in probes, as a share of those that the pod may have: eight ranks take half of them at most.
+_SHARE_OF_THREADS = 1 / 16
+_LEAST_STUCK_LIMIT = 64
+# With a thousand blacklisted, what falls due within this time is asked in one round; with fewer, in less. Rounds cost.
+_LONGEST_ROUND_S = 0.05
+_ROUND_S_PER_SESSION = 0.00005
 # Longer waits overflow in the interpreter.
 _LONGEST_WAIT_S = 3600.0
 
@@ -85,7 +91,7 @@ class _FailedSessionProber:
         self._engine = manager.engine
         self._lock = manager.session_lock
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._reader = _session_probe.MemoryReader(manager.engine, lambda: getattr(manager, "decode_kv_args_table", {}))
+        self._reader = _session_probe.MemoryReader(manager.engine, lambda session: _registration(manager, session))
         self._thread: Optional[threading.Thread] = None
         self._raising: set[str] = set()  # sessions whose probes raise, each said once
         self._fault_said = False
@@ -97,6 +103,8 @@ class _FailedSessionProber:
             manager.failed_sessions,
             wake=functools.partial(self._inbox.put, None),
             on_removed=lambda session: manager.session_failures.pop(session, None),
+            registration=lambda session: _registration(manager, session),
+            stuck_limit=_most_stuck_probes(),
         )
 
     def run(self) -> None:
@@ -104,18 +112,20 @@ class _FailedSessionProber:
         self._thread = threading.current_thread()
         atexit.register(self.stop)
         workers = _session_probe.Workers(_WORKER_THREAD)
-        logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
+        _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():
             try:
                 _, wait_s = self._start_due(workers, self._inbox)
                 if wait_s is None:
                     workers.release_idle()
+                else:
+                    wait_s = max(wait_s, min(_LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
                 self._hand_over(self._inbox, wait_s)
             except Exception:
                 if not self._fault_said:
                     self._fault_said = True
-                    logger.exception("Failed-session probe: a fault of its own, said once; SGLang is not affected")
-                self.shutdown.wait(self._settings.interval_s)
+                    _probe_logger.exception("Failed-session probe: a fault of its own, said once; SGLang is not affected")
+                self.shutdown.wait(min(self._settings.interval_s, _LONGEST_WAIT_S))
         deadline = time.monotonic() + _STOP_GRACE_S
         while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
             self._hand_over(self._inbox, left_s)
@@ -168,7 +178,7 @@ class _FailedSessionProber:
         for question, _, error in received:
             if error is not None and question.session not in self._raising:
                 self._raising.add(question.session)
-                logger.warning("Probing session %s raised %r (said once); it is asked again", question.session, error)
+                _probe_logger.warning("Probing session %s raised %r (said once); it is asked again", question.session, error)
         with self._lock:
             for question, result, error in received:
                 if question.verify:
@@ -195,28 +205,41 @@ class _FailedSessionProber:
             _log(event, session, details)
 
 
+def _registration(manager: Any, session: Any) -> Any:
+    """What the peer of a session has registered: another object after each registration, None if nothing is known."""
+    return getattr(manager, "decode_kv_args_table", {}).get(session)
+
+
+def _most_stuck_probes() -> int:
+    """How many threads may hang in probes: few in a pod that may have few, where several ranks share them."""
+    pod_limit = _session_probe.thread_limit_of_pod()
+    if pod_limit is None:
+        return _blacklist.STUCK_LIMIT
+    return max(_LEAST_STUCK_LIMIT, min(_blacklist.STUCK_LIMIT, int(pod_limit * _SHARE_OF_THREADS)))
+
+
 def _log(event: _blacklist.Event, session: Any, details: dict[str, Any]) -> None:
     if event is _blacklist.Event.RECOVERED and details["unverified"]:
-        logger.warning(
+        _probe_logger.warning(
             "Session %s was let in on probation without proof that transfers work: it answers probes, but %s. "
             "If it fails again, look at the data path between this node and that decode node",
             session,
             details["unverified"],
         )
     elif event is _blacklist.Event.HELD:
-        logger.warning("Session %s failed again soon after its recovery; held for %gs", session, details["hold_s"])
+        _probe_logger.warning("Session %s failed again soon after its recovery; held for %gs", session, details["hold_s"])
     elif event is _blacklist.Event.DROPPED:
-        logger.info("Forgot blacklisted session %s: no request for %.0fs", session, details["idle_s"])
+        _probe_logger.info("Forgot blacklisted session %s: no request for %.0fs", session, details["idle_s"])
     elif event is _blacklist.Event.MALFORMED:
-        logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
+        _probe_logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
     elif event is _blacklist.Event.VERIFICATION_OFF:
-        logger.warning(
+        _probe_logger.warning(
             "Session %s works though its memory cannot be read: reads prove nothing on this transport, "
             "so from now on this process lets sessions in when they answer probes",
             session,
         )
     elif event is _blacklist.Event.FAULT:
-        logger.error(
+        _probe_logger.error(
             "Failed-session probe: a fault of its own at session %s, said once; SGLang is not affected\n%s",
             session,
             details["error"],
@@ -237,7 +260,7 @@ def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> list[
 
 def _count_recovery(session: str) -> None:
     FAILED_SESSION_RECOVERIES.inc()
-    logger.info("Session %s recovered via probe; un-blacklisted", session)
+    _probe_logger.info("Session %s recovered via probe; un-blacklisted", session)
 
 
 class _FailureCount(int):
@@ -265,7 +288,7 @@ def _run_bare_pass(manager: Any) -> None:
             unasked.answered(question, False)
             unasked.discard(session)
             if error is not None:
-                logger.warning("Probing session %s raised %r", session, error)
+                _probe_logger.warning("Probing session %s raised %r", session, error)
             with manager.session_lock:
                 back = rc == 0 and session in manager.failed_sessions and failures.get(session) is counts[session]
                 if back:
@@ -313,9 +336,9 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
     native = hasattr(manager, "_failed_session_probe_shutdown")
     _prober_of(manager)
     mooncake = _session_probe.mooncake_version()
-    logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
+    _probe_logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
     if not _session_probe.can_probe(manager.engine):
-        logger.warning(
+        _probe_logger.warning(
             "Mooncake %s cannot probe, so a blacklisted session stays out until it registers again; "
             "install Mooncake %s or later",
             mooncake,
@@ -354,7 +377,7 @@ def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch
         try:
             _start_failed_session_probe(self, settings, patch.sglang_version() if patch else "not there")
         except Exception:
-            logger.exception("Failed-session probe: it could not start; SGLang is not affected")
+            _probe_logger.exception("Failed-session probe: it could not start; SGLang is not affected")
 
     return __init__
 

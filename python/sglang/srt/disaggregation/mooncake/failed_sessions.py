@@ -19,7 +19,7 @@ import random
 import re
 import time
 import traceback
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Optional
 
@@ -29,11 +29,18 @@ from sglang.srt.environ import FailedSessionProbeSettings
 MIN_GAP_S = 0.25
 GAP_SHARE_OF_OUTAGE = 0.1
 GAP_JITTER = 0.1
-# A live peer answers within 0.5 ms (p99), a dropped connection attempt ends after 5 s: 2 s tells them apart.
+# A probe costs 0.1 ms of CPU with all that is around it, so 500 a second are 5 % of a core: longer gaps past that.
+MOST_PROBES_PER_S = 500.0
+# INTERVAL may be shorter than this, and must not make the loop spin.
+LEAST_GAP_S = 0.01
+# A live peer answers within 0.5 ms (p99), a dropped connection attempt ends after 5 s: 2 s tells them apart. Once as
+# many are stuck as may be asked at a time, something large is wrong and most of the others will hang too: 0.1 s, two
+# hundred times what a live peer takes, so that one that is well among hundreds that hang is asked in time.
 STUCK_AFTER_S = 2.0
-# Stuck probes, a thread each: well below the process limit of a pod. The last places are for peers that were prompt the
-# last time, as many before those for fresh failures.
-STUCK_LIMIT = 256
+STUCK_AFTER_AMONG_MANY_S = 0.1
+# Stuck probes, a thread each. The last places are for peers that were prompt the last time, as many before those for
+# fresh failures.
+STUCK_LIMIT = 1024
 STUCK_RESERVE = 16
 # A transfer may take 30 s to fail (Mooncake's default), so twice that without a failure is a quiet spell.
 PROBATION_S = 60.0
@@ -45,6 +52,8 @@ VERIFY_PAUSE_FACTOR = 10.0
 VERIFICATION_LIMIT = 2
 # Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
+# Malformed session ids that are said, once each: what comes in from outside must not grow without a bound.
+SAID_LIMIT = 1000
 
 _SESSION_ID = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([1-9][0-9]{0,4})")
 _NEVER = float("inf")
@@ -87,11 +96,6 @@ class Question:
     asked_at: float
     verify: bool
 
-    @property
-    def stuck_at(self) -> float:
-        """From this moment on it no longer counts against the limit of those under way."""
-        return self.asked_at + STUCK_AFTER_S
-
 
 class _Session:
     """What is known of a session that is blacklisted or on probation. Times are the injected clock's."""
@@ -108,21 +112,19 @@ class _Session:
         "id",
         "prompt",  # the last probe in this generation was answered, or came back before it was stuck
         "refused",  # how often a request asked for it in vain
+        "registration",  # on probation: what the peer had registered when it was let in
         "relapses",
         "requested_at",
         "unreadable",  # why its memory could not be read, None if that was not found
         "used_at",  # on probation: when a request first used it, or None
         "uses",
         "verify_after",
-        "waits_for_probe",
-        "waits_for_verification",
     )
 
     def __init__(self, session: Any) -> None:
         self.id = session
         self.relapses = 0
         self.verify_after = 0.0
-        self.waits_for_probe = self.waits_for_verification = False
         self.has_end_check = False
         self.unreadable: Optional[str] = None
 
@@ -139,12 +141,11 @@ class _Session:
         self.due_at = _NEVER
         self.answered_since: Optional[float] = None
         self.prompt = False
-        self.waits_for_verification = False
 
-    def begin_probation(self) -> None:
+    def begin_probation(self, registration: object) -> None:
         self.blacklisted = False
+        self.registration = registration
         self.due_at = _NEVER
-        self.waits_for_verification = False
         self.used_at: Optional[float] = None
         self.uses = 0
 
@@ -154,7 +155,9 @@ class FailedSessions(set[Any]):
 
     SGLang calls ``add``, ``discard``, ``remove``, ``clear`` and ``in``, our daemon thread the rest, all of them with
     ``session_lock`` held. Nothing here blocks. ``wake()`` is called when something fell due, ``on_removed(session)``
-    when this class itself takes a session off the blacklist. ``sessions`` are on the blacklist from the start.
+    when this class itself takes a session off the blacklist, and ``registration(session)`` gives the object that holds
+    what its peer has registered, another one after each registration. ``sessions`` are on the blacklist from the
+    start; at most ``stuck_limit`` probes (64 at least) hang at a time.
     """
 
     def __init__(
@@ -165,6 +168,8 @@ class FailedSessions(set[Any]):
         jitter: Callable[[], float] = random.random,
         wake: Callable[[], None] = lambda: None,
         on_removed: Callable[[Any], object] = lambda session: None,
+        registration: Callable[[Any], object] = lambda session: None,
+        stuck_limit: Optional[int] = None,
     ) -> None:
         super().__init__()
         self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
@@ -174,14 +179,17 @@ class FailedSessions(set[Any]):
         self._jitter = jitter
         self._wake = wake
         self._on_removed = on_removed
+        self._registration = registration
+        self._stuck_limit = stuck_limit or STUCK_LIMIT
+        self._unproven_limit = settings.concurrency - settings.concurrency // 4
         self._tracked: dict[Any, _Session] = {}
         self._generations = itertools.count(1)
         self._ties = itertools.count()  # orders heap entries of one moment
         self._schedule: list[tuple[float, int, _Session]] = []
         self._end_checks: list[tuple[float, int, _Session]] = []
-        self._prompt: deque[_Session] = deque()  # lines for a free place
-        self._unproven: deque[_Session] = deque()
-        self._to_verify: deque[_Session] = deque()
+        self._prompt: OrderedDict[_Session, None] = OrderedDict()  # lines for a free place
+        self._unproven: OrderedDict[_Session, None] = OrderedDict()
+        self._to_verify: OrderedDict[_Session, None] = OrderedDict()
         self._prompt_next = self._newest_next = True
         self._asked: dict[Any, Question] = {}
         self._young: dict[Question, bool] = {}  # in the order asked; True if to an unproven peer
@@ -213,6 +221,10 @@ class FailedSessions(set[Any]):
         """Forgets every session."""
         super().clear()
         self._tracked.clear()
+        self._schedule.clear()
+        self._end_checks.clear()
+        for line in (self._prompt, self._unproven, self._to_verify):
+            line.clear()
 
     def pop(self) -> Any:
         """Removes and returns some session; raises KeyError if there is none."""
@@ -230,13 +242,49 @@ class FailedSessions(set[Any]):
         for session in list(itertools.chain(*others)):
             self.discard(session)
 
-    def __ior__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
+    def intersection_update(self, *others: Iterable[Hashable]) -> None:
+        """Discards every session that is not in all of the others."""
+        self.difference_update(set(self) - set(self).intersection(*others))
+
+    def symmetric_difference_update(self, other: Iterable[Hashable]) -> None:
+        """Discards the sessions that are in the other, and adds those that were only there."""
+        both, only_there = set(self).intersection(other), set(other).difference(set(self))
+        self.difference_update(both)
+        self.update(only_there)
+
+    def __ior__(self, other: Any) -> FailedSessions:
         self.update(other)
         return self
 
     def __isub__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
         self.difference_update(other)
         return self
+
+    def __iand__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
+        self.intersection_update(other)
+        return self
+
+    def __ixor__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
+        self.symmetric_difference_update(other)
+        return self
+
+    # A copy is a plain set: what it hears is no news.
+
+    def copy(self) -> set[Any]:
+        """The sessions that are blacklisted now."""
+        return set(self)
+
+    __copy__ = copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, (list(self),)
+
+    def __or__(self, other: Any) -> set[Any]:
+        return set(self).union(other)
+
+    def union(self, *others: Iterable[Hashable]) -> set[Any]:
+        """The sessions that are blacklisted now, and all of the others."""
+        return set(self).union(*others)
 
     def __contains__(self, session: object) -> bool:
         """True if the session is blacklisted. Notes that a request asked for it."""
@@ -274,9 +322,10 @@ class FailedSessions(set[Any]):
             return None
         now = self._clock()
         moments = [heap[0][0] for heap in (self._schedule, self._end_checks) if heap]
-        moments += [question.stuck_at for question in itertools.islice(self._young, 1)]
+        moments += [question.asked_at + self._stuck_after_s() for question in itertools.islice(self._young, 1)]
         if self._to_verify:
-            moments += [question.stuck_at for question in self._verifications if question.stuck_at > now]
+            stuck = (question.asked_at + STUCK_AFTER_S for question in self._verifications)
+            moments += [moment for moment in stuck if moment > now]
         return max(0.0, min(moments) - now) if moments else None
 
     def answered(self, question: Question, answered: bool) -> None:
@@ -328,7 +377,11 @@ class FailedSessions(set[Any]):
     def _failed(self, session: Any) -> None:
         now = self._clock()
         record = self._tracked.get(session)
-        if record is None or (not record.blacklisted and now >= self._ends_at(record)):
+        if record is not None:
+            self._to_verify.pop(record, None)
+            if not record.blacklisted and self._is_past(record, now):
+                record = None
+        if record is None:
             record = self._tracked[session] = _Session(session)
             record.begin_outage(now, hold_s=0.0)
             self._tell(Event.BLACKLISTED, session)
@@ -342,13 +395,20 @@ class FailedSessions(set[Any]):
         self._check_end(record)
         if is_session_id(session):
             self._schedule_at(record, now)
-        elif session not in self._malformed_said:
+        elif session not in self._malformed_said and len(self._malformed_said) < SAID_LIMIT:
             self._malformed_said.add(session)
             self._tell(Event.MALFORMED, session)
         self._wake()
 
+    def _is_past(self, record: _Session, now: float) -> bool:
+        """True if what is known of a session on probation counts no more."""
+        # Up to SGLang 0.5.21 a registration of a session that is not blacklisted is not heard: it is seen here.
+        return now >= self._ends_at(record) or self._registration(record.id) is not record.registration
+
     def _forget(self, session: Any) -> None:
-        self._tracked.pop(session, None)
+        record = self._tracked.pop(session, None)
+        if record is not None:
+            self._leave_lines(record)
 
     def _requested(self, session: Any) -> None:
         record = self._tracked[session]
@@ -377,7 +437,7 @@ class FailedSessions(set[Any]):
             self._schedule_next_probe(record, now)
         elif not self.verifying:
             self._let_in(record, now, unverified=None)
-        elif now >= self._opens_at(record) and (record.unreadable or record.waits_for_verification):
+        elif now >= self._opens_at(record) and (record.unreadable or record in self._to_verify):
             self._let_in(record, now, unverified=record.unreadable or "other verifications took all the time")
         elif now >= record.verify_after:
             self._line_up_to_verify(record, now)
@@ -386,7 +446,7 @@ class FailedSessions(set[Any]):
 
     def _not_heard_from(self, record: _Session, now: float) -> None:
         record.answered_since = None
-        record.waits_for_verification = False
+        self._to_verify.pop(record, None)
         self._schedule_next_probe(record, now)
 
     def _opens_at(self, record: _Session) -> float:
@@ -400,7 +460,8 @@ class FailedSessions(set[Any]):
     def _let_in(self, record: _Session, now: float, unverified: Optional[str]) -> None:
         super().discard(record.id)
         self._on_removed(record.id)
-        record.begin_probation()
+        self._leave_lines(record)
+        record.begin_probation(self._registration(record.id))
         if unverified is None:
             record.unreadable = None
         outage_s = now - record.blacklisted_at
@@ -410,13 +471,12 @@ class FailedSessions(set[Any]):
         # Once is no proof: a registration looks it up too (to 0.5.21), and the request that ends it has sent nothing.
         if record.uses < 2 or not (record.unreadable and self.verifying):
             self._end_probation(record, reads_prove_nothing=False)
-        elif not record.waits_for_verification:  # in use and healthy: can its memory still not be read?
-            record.waits_for_verification = True
-            self._to_verify.append(record)
+        elif record not in self._to_verify:  # in use and healthy: can its memory still not be read?
+            self._to_verify[record] = None
             self._wake()
 
     def _end_probation(self, record: _Session, reads_prove_nothing: bool) -> None:
-        del self._tracked[record.id]
+        self._forget(record.id)
         if reads_prove_nothing:
             self.verifying = False
             self._tell(Event.VERIFICATION_OFF, record.id)
@@ -428,9 +488,9 @@ class FailedSessions(set[Any]):
         heapq.heappush(self._schedule, (at, next(self._ties), record))
 
     def _schedule_next_probe(self, record: _Session, now: float) -> None:
-        gap_s = max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at))
+        gap_s = max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at), len(self._schedule) / MOST_PROBES_PER_S)
         gap_s *= 1.0 + GAP_JITTER * (2.0 * self._jitter() - 1.0)
-        at = now + min(gap_s, self._settings.interval_s)
+        at = now + max(LEAST_GAP_S, min(gap_s, self._settings.interval_s))
         if record.answered_since is not None:  # no later than the next moment at which an answer could let it in
             moments = (record.hold_until, record.verify_after, self._opens_at(record))
             at = min([at, *(moment for moment in moments if moment > now)])
@@ -443,16 +503,18 @@ class FailedSessions(set[Any]):
             at, _, record = heapq.heappop(self._schedule)
             if at == record.due_at and self._is_blacklisted(record) and record.id not in self._asked:
                 record.due_at = _NEVER
-                record.waits_for_probe = True
-                if record.answered_since is not None:
-                    self._prompt.appendleft(record)  # it is back: first in line
-                else:
-                    (self._prompt if record.prompt else self._unproven).append(record)
+                is_back = record.answered_since is not None
+                line = self._prompt if is_back or record.prompt else self._unproven
+                line[record] = None
+                if is_back:
+                    line.move_to_end(record, last=False)  # first in line
+
+    def _leave_lines(self, record: _Session) -> None:
+        for line in (self._prompt, self._unproven, self._to_verify):
+            line.pop(record, None)
 
     def _line_up_to_verify(self, record: _Session, now: float) -> None:
-        if not record.waits_for_verification:
-            record.waits_for_verification = True
-            self._to_verify.append(record)
+        self._to_verify[record] = None  # where it is, if it is in line already
         self._schedule_at(record, now + self._settings.interval_s)  # asked meanwhile, if the line is long
 
     def _check_end(self, record: _Session) -> None:
@@ -494,13 +556,12 @@ class FailedSessions(set[Any]):
 
     def _next_to_verify(self, now: float) -> Optional[_Session]:
         if len(self._verifications) >= VERIFICATION_LIMIT or any(
-            now < question.stuck_at for question in self._verifications
+            now < question.asked_at + STUCK_AFTER_S for question in self._verifications
         ):
             return None
         while self._to_verify:
-            record = self._to_verify.popleft()
-            waited, record.waits_for_verification = record.waits_for_verification, False
-            if waited and self._tracked.get(record.id) is record and record.id not in self._asked:
+            record, _ = self._to_verify.popitem(last=False)
+            if record.id not in self._asked:  # else its answer lines it up again
                 return record
         return None
 
@@ -513,37 +574,32 @@ class FailedSessions(set[Any]):
         return pick(now) or other(now)
 
     def _next_prompt(self, now: float) -> Optional[_Session]:
-        free = len(self._young) < self._settings.concurrency and self._stuck < STUCK_LIMIT
-        while free and self._prompt:
-            record = self._prompt.popleft()
-            if self._still_waits(record):
-                return record
+        if self._prompt and len(self._young) < self._settings.concurrency and self._stuck < self._stuck_limit:
+            return self._prompt.popitem(last=False)[0]
         return None
 
     def _next_unproven(self, now: float) -> Optional[_Session]:
         """The newest and the oldest in turn: a fresh failure is likeliest to be over, and nobody waits for ever."""
-        concurrency = self._settings.concurrency
-        free = len(self._young) < concurrency and self._young_unproven < concurrency - concurrency // 4
-        while free and self._unproven and self._stuck < STUCK_LIMIT - STUCK_RESERVE:
-            newest = self._newest_next
-            if self._stuck >= STUCK_LIMIT - 2 * STUCK_RESERVE:
-                if now - self._unproven[-1].failed_at >= STUCK_AFTER_S:
-                    return None
-                newest = True
-            record = self._unproven.pop() if newest else self._unproven.popleft()
-            if self._still_waits(record):
-                self._newest_next = not newest
-                return record
-        return None
-
-    def _still_waits(self, record: _Session) -> bool:
-        waited, record.waits_for_probe = record.waits_for_probe, False
-        return waited and self._is_blacklisted(record) and record.id not in self._asked
+        if (
+            not self._unproven
+            or len(self._young) >= self._settings.concurrency
+            or self._young_unproven >= self._unproven_limit
+            or self._stuck >= self._stuck_limit - STUCK_RESERVE
+        ):
+            return None
+        newest = self._newest_next
+        if self._stuck >= self._stuck_limit - 2 * STUCK_RESERVE:
+            if now - next(reversed(self._unproven)).failed_at >= STUCK_AFTER_S:
+                return None
+            newest = True
+        self._newest_next = not newest
+        return self._unproven.popitem(last=newest)[0]
 
     def _ask(self, record: _Session, now: float, verify: bool) -> Question:
         question = Question(record.id, record.generation, now, verify)
         record.due_at = _NEVER
-        record.waits_for_probe = False
+        self._prompt.pop(record, None)
+        self._unproven.pop(record, None)
         self._asked[record.id] = question
         if verify:
             self._verifications.add(question)
@@ -555,10 +611,14 @@ class FailedSessions(set[Any]):
     def _note_stuck(self, now: float) -> None:
         while self._young:
             question = next(iter(self._young))
-            if now < question.stuck_at:
+            if now < question.asked_at + self._stuck_after_s():
                 return
             self._young_unproven -= self._young.pop(question)
             self._stuck += 1
+
+    def _stuck_after_s(self) -> float:
+        """The age from which on a probe no longer counts against the limit of those under way."""
+        return STUCK_AFTER_S if self._stuck < self._unproven_limit else STUCK_AFTER_AMONG_MANY_S
 
     def _free_place(self, question: Question) -> bool:
         """Frees what the question held; True if it came back before it was stuck."""

@@ -5,15 +5,20 @@ A probe can hang for a minute and cannot be cancelled, so it runs on a daemon th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import mmap
+import os
 import pathlib
 import queue
+import signal
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
@@ -21,6 +26,8 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
 READS_IN_A_ROW = 4  # Mooncake has four TCP lanes a peer, and each can be dead for itself
 READ_BYTES = 8
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
+# At an exit: how long threads that run, rather than wait, are left to return from the engine by themselves.
+_PARK_PATIENCE_S = 0.05
 
 
 def mooncake_engine(engine: Any) -> Any:
@@ -44,6 +51,14 @@ def mooncake_version() -> str:
     return "of unknown version"
 
 
+def thread_limit_of_pod() -> Optional[int]:
+    """How many threads the kernel lets this container have; None for no limit that is known. Any thread."""
+    for file in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            return int(pathlib.Path(file).read_text())
+    return None
+
+
 def ask(engine: Any, session: str) -> int:
     """Sends one probe and returns its rc: 0 if the peer answered, -1 where the engine has no ``send_probe``.
 
@@ -59,12 +74,13 @@ def ask(engine: Any, session: str) -> int:
 class MemoryReader:
     """Reads a few bytes of a peer's registered memory into a scratch page of this process, which nobody looks at.
 
-    ``registrations()`` gives the manager's ``decode_kv_args_table``. Any thread may use it.
+    ``registration(session)`` gives what the peer has registered, an entry of ``decode_kv_args_table`` or None. Any
+    thread may use it.
     """
 
-    def __init__(self, engine: Any, registrations: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, engine: Any, registration: Callable[[str], Any]) -> None:
         self._engine = engine
-        self._registrations = registrations
+        self._registration = registration
         self._scratch: Optional[int] = None
         self._scratch_lock = threading.Lock()
 
@@ -93,7 +109,7 @@ class MemoryReader:
         return Verdict.READABLE, ""
 
     def _address_of(self, session: str) -> Optional[int]:
-        registration = self._registrations().get(session)
+        registration = self._registration(session)
         for name in ("dst_aux_ptrs", "dst_kv_ptrs"):
             addresses = getattr(registration, name, None)
             if addresses is not None and len(addresses) and int(addresses[0]) > 0:
@@ -123,6 +139,7 @@ class Workers:
     """Daemon threads that run jobs side by side: a new one whenever none is idle. Start jobs from one thread only."""
 
     def __init__(self, name: str) -> None:
+        _prepare_for_exit()
         self._name = name
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
@@ -135,7 +152,7 @@ class Workers:
         if not self._idle.acquire(blocking=False):
             try:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
-            except RuntimeError as error:  # the process has no thread left
+            except Exception as error:  # the process has no thread or no memory left
                 results.put((subject, None, error))
                 return
         self._jobs.put((job, subject, results))
@@ -153,12 +170,66 @@ class Workers:
     def _work(self) -> None:
         while (work := self._jobs.get()) is not None:
             job, subject, results = work
+            _in_engine.add(threading.get_native_id())
             try:
                 outcome: tuple[Any, Any, Optional[BaseException]] = (subject, job(subject), None)
             except BaseException as error:  # whatever an engine raises, the next session goes on
                 outcome = (subject, None, error)
+            _in_engine.discard(threading.get_native_id())
             self._idle.release()  # first: who hears the result may count on this thread
             results.put(outcome)
             del work, job, subject, results, outcome
         if self._closed:
             self._jobs.put(None)  # for the next
+
+
+# A thread that returns from Mooncake while the interpreter shuts down is ended by it, and that aborts the process. A
+# call that hangs cannot be cancelled, so at an exit such threads are parked where they are: by a signal whose handler
+# is pause() of the C library, which needs no interpreter and never returns.
+
+_in_engine: set[int] = set()  # threads at a job, by the kernel's ids
+
+
+@functools.cache
+def _prepare_for_exit() -> None:
+    """Has threads that hang in the engine parked at the interpreter's exit, after all that is registered later."""
+    atexit.register(_park_threads_in_engine)
+    os.register_at_fork(after_in_child=_in_engine.clear)  # the threads are not in the child
+
+
+def _park_threads_in_engine() -> None:
+    """Runs at the interpreter's exit, in the main thread."""
+    libc = ctypes.CDLL(None)
+    number = _unused_signal(libc)
+    if not _in_engine or number is None:
+        return
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    libc.signal(number, ctypes.cast(libc.pause, ctypes.c_void_p))
+    deadline = time.monotonic() + _PARK_PATIENCE_S
+    parked: set[int] = set()
+    while left := _in_engine - parked:
+        time.sleep(0.001)  # who has returned from the engine and waits for the interpreter has it now
+        for thread in left & _in_engine:
+            # One that runs may hold a lock that the exit needs, so it is left to run; one that waits holds none.
+            if _waits(thread) or time.monotonic() > deadline:
+                libc.tgkill(os.getpid(), thread, number)
+                parked.add(thread)
+
+
+def _waits(thread: int) -> bool:
+    """True if the kernel says that the thread waits for something."""
+    try:
+        stat = pathlib.Path(f"/proc/self/task/{thread}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "S"
+
+
+def _unused_signal(libc: ctypes.CDLL) -> Optional[int]:
+    """A real-time signal that nothing in this process handles."""
+    for number in range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1):
+        action = ctypes.create_string_buffer(512)  # larger than any struct sigaction, which begins with the handler
+        if libc.sigaction(number, None, action) == 0 and not ctypes.c_void_p.from_buffer(action).value:
+            return number
+    return None
