@@ -1,0 +1,178 @@
+"""Does a test go red for each mechanism that is switched off? Breaks them one after another in a copy of the tree.
+
+    python tools/break_mechanisms.py [WORD ...]     all of them, or those whose name has one of the words
+
+Run it with the python of the environment `engines`. It says which test went red, and exits with 1 if none did.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
+COPIED = ("python", "test", "tools", "pyproject.toml")
+FOLDER = "python/sglang/srt/disaggregation/mooncake"
+SESSIONS, PROBE, CONN = (f"{FOLDER}/{name}.py" for name in ("failed_sessions", "session_probe", "conn"))
+UNIT = "test/unit"
+DEADLINE_S = 600.0
+
+
+class Break(NamedTuple):
+    """One mechanism, how it is switched off, and the tests of which one must go red."""
+
+    mechanism: str
+    file: str
+    before: str
+    after: str
+    tests: str = UNIT
+
+
+BREAKS = [
+    Break("generation check", SESSIONS, "if record.generation != question.generation:", "if False:"),
+    Break(
+        "generation check, on a plain set",
+        CONN,
+        " and failures.get(session) is counts[session]",
+        "",
+    ),
+    Break("settle", SESSIONS, "if now < settled_at:", "if False:"),
+    Break("verification", SESSIONS, "elif not self.verifying:", "elif True:"),
+    Break(
+        "pause after a failed verification",
+        SESSIONS,
+        "now + max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * (now - question.asked_at))",
+        "now",
+    ),
+    Break("slow fail-open", SESSIONS, "elif now >= self._opens_at(record) and (", "elif False and ("),
+    Break("verification switched off when reads prove nothing", SESSIONS, "self.verifying = False", "pass"),
+    Break("hold after a relapse", SESSIONS, "elif now < record.hold_until:", "elif False:"),
+    Break(
+        "hold forgotten after a quiet spell",
+        SESSIONS,
+        "if not record.blacklisted and self._is_past",
+        "if False and self._is_past",
+    ),
+    Break("registration ends probation", SESSIONS, "self._registration(record.id) is not record.registration", "False"),
+    Break(
+        "registration takes off the blacklist",
+        SESSIONS,
+        "        self._hear(self._forget, session)\n\n    def remove",
+        "\n    def remove",
+    ),
+    Break("limit of probes under way", SESSIONS, "len(self._young) < self._settings.concurrency and ", ""),
+    Break(
+        "stuck probes do not count",
+        SESSIONS,
+        "            self._stuck += 1\n",
+        "            self._stuck += 1\n            self._young[question] = False\n            break\n",
+    ),
+    Break("stuck among many", SESSIONS, "if self._stuck < self._unproven_limit else STUCK_AFTER_AMONG_MANY_S", ""),
+    Break("bound on stuck probes", SESSIONS, "or self._stuck >= self._stuck_limit - STUCK_RESERVE", ""),
+    Break(
+        "places kept for fresh failures",
+        SESSIONS,
+        "if self._stuck >= self._stuck_limit - 2 * STUCK_RESERVE:",
+        "if False:",
+    ),
+    Break(
+        "one question to a session at a time",
+        SESSIONS,
+        "self._is_blacklisted(record) and record.id not in self._asked:",
+        "self._is_blacklisted(record):",
+    ),
+    Break("gap grows with the outage", SESSIONS, "GAP_SHARE_OF_OUTAGE * (now - record.failed_at)", "0.0"),
+    Break("500 probes a second at most", SESSIONS, "len(self._schedule) / MOST_PROBES_PER_S", "0.0"),
+    Break(
+        "idle sessions are forgotten", SESSIONS, "                self._drop(record, now)\n", "                pass\n"
+    ),
+    Break(
+        "malformed ids are never probed",
+        SESSIONS,
+        "if is_session_id(session):\n            self._schedule_at",
+        "if True:\n            self._schedule_at",
+    ),
+    Break("no more than a batch under the lock", SESSIONS, "while len(questions) < BATCH:", "while True:"),
+    Break(
+        "no engine call under the lock",
+        CONN,
+        "                workers.start(self._look, question, answers)\n",
+        "                with self._lock:\n                    answers.put((question, self._look(question), None))\n",
+    ),
+    Break("a failure wakes the loop", SESSIONS, "        self._wake()\n\n    def _is_past", "\n    def _is_past"),
+    Break("four reads in a row", PROBE, "for _ in range(READS_IN_A_ROW):", "for _ in range(1):"),
+    Break("no read without a fresh answer", PROBE, "if ask(self._engine, session) != 0:", "if False:"),
+    Break("the loop stops at shutdown", CONN, "while not self.shutdown.is_set():", "while True:"),
+    Break(
+        "no new probes after shutdown",
+        CONN,
+        "[] if self.shutdown.is_set() else self.sessions.take_due(due_by)",
+        "self.sessions.take_due(due_by)",
+    ),
+    Break("stop at exit", CONN, "        atexit.register(self.stop)\n", ""),
+    Break(
+        "threads are parked at exit",
+        PROBE,
+        "    atexit.register(_park_threads_in_engine)\n",
+        "",
+        "test/faults/test_exits.py",
+    ),
+    Break("bytes that land late", SESSIONS, "if now < settled_at:", "if False:", "test/faults/test_late_bytes.py"),
+]
+
+
+def red_test(broken: Break) -> str:
+    """The first test that goes red with the mechanism broken; empty if none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in COPIED:
+            source = CHECKOUT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        file = copy / broken.file
+        text = file.read_text()
+        if text.count(broken.before) != 1:
+            sys.exit(f"{broken.mechanism}: its text is in {broken.file} {text.count(broken.before)} times, not once")
+        file.write_text(text.replace(broken.before, broken.after))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--timeout",
+            "20",
+            broken.tests,
+        ]
+        try:
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            return "(the run did not end)"
+        reds = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        timed_out = re.findall(r"^.*?(test_\w+\.py).*Timeout", done.stdout + done.stderr, re.MULTILINE)
+        return (reds or timed_out or [""])[0] or ("" if done.returncode == 0 else done.stdout[-300:])
+
+
+def main(words: list[str]) -> int:
+    """Break what was asked for; 0 if a test went red each time."""
+    unseen = 0
+    for broken in BREAKS:
+        if words and not any(word in broken.mechanism for word in words):
+            continue
+        red = red_test(broken)
+        unseen += not red
+        print(f"{broken.mechanism}: {red or 'NO TEST GOES RED'}", flush=True)
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
