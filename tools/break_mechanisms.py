@@ -87,7 +87,7 @@ BREAKS = [
         "self._is_blacklisted(record):",
     ),
     Break("gap grows with the outage", SESSIONS, "GAP_SHARE_OF_OUTAGE * (now - record.failed_at)", "0.0"),
-    Break("500 probes a second at most", SESSIONS, "len(self._schedule) / MOST_PROBES_PER_S", "0.0"),
+    Break("350 probes a second at most", SESSIONS, "        self._allowance -= len(questions)\n", ""),
     Break(
         "idle sessions are forgotten", SESSIONS, "                self._drop(record, now)\n", "                pass\n"
     ),
@@ -97,7 +97,7 @@ BREAKS = [
         "if is_session_id(session):\n            self._schedule_at",
         "if True:\n            self._schedule_at",
     ),
-    Break("no more than a batch under the lock", SESSIONS, "while len(questions) < BATCH:", "while True:"),
+    Break("no more than a batch under the lock", SESSIONS, "min(BATCH, int(self._allowance))", "int(self._allowance)"),
     Break(
         "no engine call under the lock",
         CONN,

@@ -81,13 +81,30 @@ def test_the_gap_is_a_tenth_of_the_outage_but_a_quarter_second_at_least_and_inte
     assert max(b - a for a, b in itertools.pairwise(probes)) == about(30.0)
 
 
-def test_ten_thousand_that_refuse_are_asked_500_times_a_second() -> None:
-    """After the first time, which is at once: a probe costs 0.1 ms of CPU, and the prefill node needs its cores."""
+@pytest.mark.parametrize(("number", "per_s"), [(100, 350), (1000, 350), (10_000, 367), (30_000, 1100)])
+def test_many_that_refuse_share_350_probes_a_second_and_more_only_for_interval(number: int, per_s: float) -> None:
+    """A probe costs 0.1 ms of CPU, and the prefill node needs its cores."""
     prober = VirtualProber()
-    prober.fail(*many("refusing", 10_000), peer=REFUSING)
-    prober.run(62)
-    later = [moment for moment in prober.moments("probe") if moment >= 2]
-    assert len(later) / 60 <= 1.15 * failed_sessions.MOST_PROBES_PER_S
+    refusing = many("refusing", number)
+    prober.fail(*refusing, peer=REFUSING)
+    prober.run(100)
+    moments = prober.moments("probe")
+    for second in range(100):
+        in_it = sum(second <= moment < second + 1 for moment in moments)
+        assert in_it <= per_s + failed_sessions.PROBES_AT_ONCE + 1
+    last_asked = {entry.session: entry.at for entry in prober.seen("probe")}
+    assert min(last_asked[session] for session in refusing) >= 100 - 30 - 3, "longer than INTERVAL unprobed"
+
+
+def test_a_rack_of_64_is_asked_at_once_and_one_that_fails_then_too() -> None:
+    prober = VirtualProber(concurrency=100)
+    prober.fail(*many("refusing", 64), peer=REFUSING)
+    prober.run(0.01)
+    assert len(prober.seen("probe")) == 64
+    prober.run(10)
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.1)
+    assert prober.seen("probe", D)
 
 
 def test_a_tiny_interval_does_not_make_the_prober_spin() -> None:
@@ -680,6 +697,14 @@ def test_a_prefill_node_with_few_threads_has_fewer_stuck_probes() -> None:
     assert prober.let_in(D)
 
 
+def test_stuck_probes_are_bounded_also_when_new_peers_hang_all_the_time() -> None:
+    prober = VirtualProber(stuck_limit=64)
+    for moment in range(118):
+        prober.fail(*many(f"hung-{moment}", 10), peer=HUNG)
+        prober.run(0.5)
+        assert len(prober.out) <= 64, "a thread each, on a prefill node"
+
+
 def test_stuck_probes_are_bounded_also_when_the_peers_used_to_answer_promptly() -> None:
     prober = VirtualProber()
     rack = many("rack", 500)
@@ -749,11 +774,11 @@ def test_a_refusing_peer_is_not_forgotten_over_a_stream_of_fresh_failures() -> N
 
 
 def test_one_call_gives_a_bounded_number_of_questions_however_many_are_due() -> None:
-    sessions = FailedSessions(FailedSessionProbeSettings(concurrency=1000), many("decode", 700), clock=Clock())
+    sessions = FailedSessions(FailedSessionProbeSettings(concurrency=1000), many("decode", 64), clock=Clock())
     batches = []
     while questions := sessions.take_due():
         batches.append(len(questions))
-    assert sum(batches) == 700
+    assert sum(batches) == 64
     assert max(batches) == BATCH
 
 

@@ -124,7 +124,9 @@ class _FailedSessionProber:
             except Exception:
                 if not self._fault_said:
                     self._fault_said = True
-                    _probe_logger.exception("Failed-session probe: a fault of its own, said once; SGLang is not affected")
+                    _probe_logger.exception(
+                        "Failed-session probe: a fault of its own, said once; SGLang is not affected"
+                    )
                 self.shutdown.wait(min(self._settings.interval_s, _LONGEST_WAIT_S))
         deadline = time.monotonic() + _STOP_GRACE_S
         while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
@@ -178,7 +180,9 @@ class _FailedSessionProber:
         for question, _, error in received:
             if error is not None and question.session not in self._raising:
                 self._raising.add(question.session)
-                _probe_logger.warning("Probing session %s raised %r (said once); it is asked again", question.session, error)
+                _probe_logger.warning(
+                    "Probing session %s raised %r (said once); it is asked again", question.session, error
+                )
         with self._lock:
             for question, result, error in received:
                 if question.verify:
@@ -227,7 +231,9 @@ def _log(event: _blacklist.Event, session: Any, details: dict[str, Any]) -> None
             details["unverified"],
         )
     elif event is _blacklist.Event.HELD:
-        _probe_logger.warning("Session %s failed again soon after its recovery; held for %gs", session, details["hold_s"])
+        _probe_logger.warning(
+            "Session %s failed again soon after its recovery; held for %gs", session, details["hold_s"]
+        )
     elif event is _blacklist.Event.DROPPED:
         _probe_logger.info("Forgot blacklisted session %s: no request for %.0fs", session, details["idle_s"])
     elif event is _blacklist.Event.MALFORMED:

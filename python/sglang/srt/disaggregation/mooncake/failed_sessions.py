@@ -29,8 +29,11 @@ from sglang.srt.environ import FailedSessionProbeSettings
 MIN_GAP_S = 0.25
 GAP_SHARE_OF_OUTAGE = 0.1
 GAP_JITTER = 0.1
-# A probe costs 0.1 ms of CPU with all that is around it, so 500 a second are 5 % of a core: longer gaps past that.
-MOST_PROBES_PER_S = 500.0
+# A probe costs 0.1 ms of CPU with all that is around it: 350 a second are 4 % of a core, and as many for each peer when
+# a thousand prefill ranks lose a thousand decode ranks. A rack of 64 is asked at once, and after that 16 at a time.
+PROBES_PER_S = 350.0
+PROBES_AT_ONCE = 64.0
+PROBES_AT_A_TIME = 16.0
 # INTERVAL may be shorter than this, and must not make the loop spin.
 LEAST_GAP_S = 0.01
 # A live peer answers within 0.5 ms (p99), a dropped connection attempt ends after 5 s: 2 s tells them apart. Once as
@@ -191,6 +194,8 @@ class FailedSessions(set[Any]):
         self._unproven: OrderedDict[_Session, None] = OrderedDict()
         self._to_verify: OrderedDict[_Session, None] = OrderedDict()
         self._prompt_next = self._newest_next = True
+        self._allowance = PROBES_AT_ONCE  # probes and verifications that may start now
+        self._allowance_at = clock()
         self._asked: dict[Any, Question] = {}
         self._young: dict[Question, bool] = {}  # in the order asked; True if to an unproven peer
         self._young_unproven = 0
@@ -303,14 +308,16 @@ class FailedSessions(set[Any]):
         self._note_stuck(now)
         self._end_idle_and_quiet(now)
         self._line_up_due(min(now, due_by))
+        self._renew_allowance(now)
         questions: list[Question] = []
-        while len(questions) < BATCH:
+        while len(questions) < min(BATCH, int(self._allowance)):
             record = self._next_to_verify(now)
             verify = record is not None
             record = record or self._next_to_probe(now)
             if record is None:
                 break
             questions.append(self._ask(record, now, verify))
+        self._allowance -= len(questions)
         return questions
 
     def next_due_in(self) -> Optional[float]:
@@ -323,6 +330,8 @@ class FailedSessions(set[Any]):
         now = self._clock()
         moments = [heap[0][0] for heap in (self._schedule, self._end_checks) if heap]
         moments += [question.asked_at + self._stuck_after_s() for question in itertools.islice(self._young, 1)]
+        if self._allowance < 1.0 and (self._prompt or self._unproven or self._to_verify):
+            moments.append(self._allowance_at + (PROBES_AT_A_TIME - self._allowance) / self._probes_per_s())
         if self._to_verify:
             stuck = (question.asked_at + STUCK_AFTER_S for question in self._verifications)
             moments += [moment for moment in stuck if moment > now]
@@ -488,7 +497,7 @@ class FailedSessions(set[Any]):
         heapq.heappush(self._schedule, (at, next(self._ties), record))
 
     def _schedule_next_probe(self, record: _Session, now: float) -> None:
-        gap_s = max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at), len(self._schedule) / MOST_PROBES_PER_S)
+        gap_s = max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at))
         gap_s *= 1.0 + GAP_JITTER * (2.0 * self._jitter() - 1.0)
         at = now + max(LEAST_GAP_S, min(gap_s, self._settings.interval_s))
         if record.answered_since is not None:  # no later than the next moment at which an answer could let it in
@@ -551,6 +560,17 @@ class FailedSessions(set[Any]):
 
     def _is_blacklisted(self, record: _Session) -> bool:
         return record.blacklisted and self._tracked.get(record.id) is record
+
+    # Allowance: what may start in a second.
+
+    def _probes_per_s(self) -> float:
+        """More for a blacklist that could not be asked in INTERVAL otherwise."""
+        return max(PROBES_PER_S, 1.1 * len(self) / self._settings.interval_s)
+
+    def _renew_allowance(self, now: float) -> None:
+        earned = (now - self._allowance_at) * self._probes_per_s()
+        self._allowance = min(PROBES_AT_ONCE, self._allowance + earned)
+        self._allowance_at = now
 
     # Places: CONCURRENCY for young probes, STUCK_LIMIT for stuck ones, one for a verification.
 
