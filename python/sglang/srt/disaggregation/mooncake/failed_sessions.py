@@ -163,6 +163,8 @@ class FailedSessions(set[Any]):
     start; at most ``stuck_limit`` probes (64 at least) hang at a time.
     """
 
+    __slots__ = ("__dict__", "_tracked")  # a slot is found sooner than an entry of __dict__
+
     def __init__(
         self,
         settings: FailedSessionProbeSettings,
