@@ -1,6 +1,7 @@
-"""How do tests drive a standing-alone manager in a process of its own, with faults between it and its peers?
+"""How do tests drive a standing-alone manager in a process of its own, and stop, kill and restart it?
 
-Run as a program, `node.py prefill|decode`, it is that process: JSON commands on stdin, one JSON answer each on stdout.
+Run as a program, `node.py prefill|decode PORT`, it is that process: JSON commands on stdin, one JSON answer each on
+stdout. PORT is the handshake port that it must have, 0: any.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import logging
 import os
 import pathlib
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,41 +22,70 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import processes
+
 MEMORY = 1 << 20
 PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 
 
 class Node:
-    """A manager in a process of its own. Ends it, stopped or not, when its `with` block is left."""
+    """A manager in a process of its own. Ends it, stopped or not, when its `with` block is left.
 
-    def __init__(self, role: str, log: pathlib.Path, network: str | None = None, **environment: str) -> None:
-        enter = ["nsenter", f"--net={network}"] if network else []
+    `network` is the path of a network namespace, `ports` are its handshake's and its data port, two neighbours; without
+    them Mooncake chooses.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        log: pathlib.Path,
+        network: str | None = None,
+        ports: tuple[int, int] | None = None,
+        **environment: str,
+    ) -> None:
+        self.role, self.log, self.network, self.environment = role, log, network, environment
+        log.write_text("")
+        self._start(ports)
+
+    def _start(self, ports: tuple[int, int] | None) -> None:
         variables = {
             "PYTHONPATH": str(PYTHON_FOLDER),
             "MOONCAKE_PROTOCOL": "tcp",
             "MC_TRANSFER_TIMEOUT": "5",
             "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
         }
-        self.log = log
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [*enter, sys.executable, __file__, role],
+        handshake_port = 0
+        if ports:
+            assert abs(ports[0] - ports[1]) == 1, (
+                "Mooncake takes a range of ports, so two that it is told are neighbours"
+            )
+            handshake_port = ports[0]
+            variables |= {"MC_MIN_RPC_PORT": str(min(ports)), "MC_MAX_RPC_PORT": str(max(ports))}
+        with self.log.open("a") as stderr:
+            self.process = processes.start(
+                [sys.executable, __file__, self.role, str(handshake_port)],
+                self.network,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                text=True,
-                env={**os.environ, **variables, **environment},
+                env={**os.environ, **variables, **self.environment},
             )
         self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        ready = self._answer(30)
+        threading.Thread(target=self._read, args=(self.process, self._answers), daemon=True).start()
+        try:
+            ready = self._answer(30)
+        except BaseException:
+            self.kill()
+            raise
         self.session, self.address = ready["session"], ready["address"]
+        self.handshake_port, self.data_port = ready["ports"]
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._answers.put(line)
-        self._answers.put("")
+    @staticmethod
+    def _read(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            answers.put(line)
+        answers.put("")
 
     def _answer(self, deadline_s: float) -> Any:
         answer = self._answers.get(timeout=deadline_s)
@@ -103,28 +132,42 @@ class Node:
             assert time.monotonic() - began < deadline_s, f"no {text!r} in the log:\n{self.log_text()}"
             time.sleep(0.02)
 
+    def stop(self) -> None:
+        """SIGSTOP; when this returns, no thread runs any more."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while not _stands_still(self.process.pid):  # kill() returns before all threads do
+            assert time.monotonic() < deadline, "a stopped process has a thread that runs"
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        os.kill(self.process.pid, signal.SIGCONT)
+
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """SIGSTOP, and SIGCONT afterwards."""
-        os.kill(self.process.pid, signal.SIGSTOP)
+        """Stops it, and lets it go on afterwards."""
         try:
-            deadline = time.monotonic() + 5
-            while not _stands_still(self.process.pid):  # kill() returns before all threads do
-                assert time.monotonic() < deadline, "a stopped process has a thread that runs"
+            self.stop()
             yield
         finally:
-            os.kill(self.process.pid, signal.SIGCONT)
+            self.go_on()
+
+    def kill(self) -> None:
+        """SIGKILL; when this returns, the process is gone."""
+        processes.end(self.process)
+
+    def restart(self, data_port: int | None = None) -> None:
+        """Kills it, if that has not happened, and starts it with the same handshake port: another process with other
+        memory, so `address` changes. `data_port` is the handshake port's other neighbour, or the same as before.
+        """
+        self.kill()
+        self._start((self.handshake_port, data_port or self.data_port))
 
     def __enter__(self) -> Node:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.kill()
 
 
 def _stands_still(pid: int) -> bool:
@@ -132,70 +175,17 @@ def _stands_still(pid: int) -> bool:
     return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
-class Network:
-    """A network namespace without a name: it is gone when its last process is."""
-
-    def __init__(self) -> None:
-        self._holder = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec cat"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == "up\n"
-        self.path = f"/proc/{self._holder.pid}/ns/net"
-
-    def listening_ports(self, pid: int) -> list[int]:
-        """The ports that a process listens on."""
-        lines = self._run("ss", "-ltnpH").splitlines()
-        return [int(line.split()[3].rpartition(":")[2]) for line in lines if f"pid={pid}," in line]
-
-    @contextlib.contextmanager
-    def closed(self, port: int, target: str) -> Iterator[None]:
-        """Packets to the port are rejected (`REJECT`, with a reset) or dropped (`DROP`)."""
-        how = ["REJECT", "--reject-with", "tcp-reset"] if target == "REJECT" else [target]
-        rule = ["INPUT", "-p", "tcp", "--dport", str(port), "-j", *how]
-        self._run("iptables", "-I", *rule)
-        try:
-            yield
-        finally:
-            self._run("iptables", "-D", *rule)
-
-    def _run(self, *command: str) -> str:
-        return subprocess.run(
-            ["nsenter", f"--net={self.path}", *command], check=True, capture_output=True, text=True, timeout=20
-        ).stdout
-
-    def __enter__(self) -> Network:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._holder.kill()
-        self._holder.communicate()
-
-
-def why_no_network() -> str:
-    """Why a network namespace cannot be had here; empty if it can."""
-    if os.geteuid() != 0:
-        return "it needs root for a network namespace"
-    missing = [tool for tool in ("unshare", "nsenter", "ip", "ss", "iptables") if shutil.which(tool) is None]
-    return f"it needs {', '.join(missing)}" if missing else ""
-
-
-def serve(role: str) -> None:
-    """The body of the process."""
+def serve(role: str, handshake_port: int) -> None:
+    """The body of the process. `handshake_port` is the one it must have, 0: any."""
     from prometheus_client import REGISTRY
-    from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager, PeerMemory
+    from sglang.srt.disaggregation.mooncake.conn import KVTransferError, PeerMemory
 
     memory = (ctypes.c_char * MEMORY)()
     address = ctypes.addressof(memory)
-    manager = MooncakeKVManager(
-        types.SimpleNamespace(
-            kv_data_ptrs=[address], kv_data_lens=[MEMORY], aux_data_ptrs=[], aux_data_lens=[], memory=memory
-        ),
-        role,
+    regions = types.SimpleNamespace(
+        kv_data_ptrs=[address], kv_data_lens=[MEMORY], aux_data_ptrs=[], aux_data_lens=[], memory=memory
     )
+    manager = manager_on(handshake_port, regions, role)
 
     def send(session: str, there: int) -> str:
         try:
@@ -230,12 +220,52 @@ def serve(role: str) -> None:
     }
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Mooncake prints
-    print(json.dumps({"session": manager.get_session_id(), "address": address}), file=answers, flush=True)
+    ready = {"session": manager.get_session_id(), "address": address, "ports": own_ports(manager)}
+    print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         print(json.dumps(commands[command](*arguments)), file=answers, flush=True)
 
 
+def manager_on(handshake_port: int, regions: types.SimpleNamespace, role: str) -> Any:
+    """A manager with that handshake port. Of a range of ports Mooncake takes a random one for the handshake and another
+    for data, so this makes managers until one has it. To end a wrong one takes a second.
+    """
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+
+    deadline = time.monotonic() + 25
+    while True:
+        try:
+            manager = MooncakeKVManager(regions, role)
+        except RuntimeError:  # a port is not free yet
+            if time.monotonic() > deadline:
+                raise
+            continue
+        if handshake_port in (0, own_ports(manager)[0]):
+            return manager
+        assert time.monotonic() < deadline, f"Mooncake does not choose port {handshake_port}"
+        manager.teardown()
+        del manager  # and with it the engine, which frees its ports
+
+
+def own_ports(manager: Any) -> tuple[int, int]:
+    """The handshake's port and the data port of the only engine in this process."""
+    handshake = int(manager.get_session_id().rpartition(":")[2])
+    (data,) = listening_ports() - {handshake}
+    return handshake, data
+
+
+def listening_ports() -> set[int]:
+    """The TCP ports on which this process listens."""
+    files = [os.readlink(file) for file in pathlib.Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    tables = [pathlib.Path("/proc/self/net", table).read_text() for table in ("tcp", "tcp6")]
+    sockets = [line.split() for table in tables for line in table.splitlines()[1:]]
+    listening = "0A"
+    return {
+        int(own[1].rpartition(":")[2], 16) for own in sockets if own[3] == listening and f"socket:[{own[9]}]" in files
+    }
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))

@@ -303,6 +303,24 @@ def test_a_failed_verification_is_followed_by_a_pause_of_ten_times_its_length(to
         assert following - (at + took_s) == about(pause_s)
 
 
+def test_a_peer_that_was_gone_and_cannot_be_read_is_looked_at_less_and_less_often_until_it_registers() -> None:
+    """Each look leaves Mooncake's lanes in a cooldown, which would delay the first request after a registration."""
+    prober = VirtualProber(interval_s=300.0)
+    prober.fail(D, peer=REFUSING)
+    prober.run(5)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    prober.run(95)
+    looks = prober.seen("verification", D)
+    assert all(look.detail.was_gone for look in looks)
+    assert len(looks) <= 12
+    pauses = [b.at - a.at for a, b in itertools.pairwise(looks)]
+    assert pauses[-1] > 15
+    prober.register(D)
+    prober.fail(D)
+    prober.run(3)
+    assert not prober.seen("verification", D)[-1].detail.was_gone
+
+
 def test_a_peer_whose_data_port_opens_is_let_in_at_the_end_of_the_pause() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=DATA_PORT_REJECTED)

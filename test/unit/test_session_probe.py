@@ -99,3 +99,61 @@ def test_the_wheel_that_import_mooncake_finds_is_named_with_its_version(
     assert session_probe.mooncake_version() == "mooncake-transfer-engine 0.3.10.post2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert session_probe.mooncake_version() == "of unknown version"
+
+
+# Lanes.
+
+
+class Lanes:
+    """Mooncake's four TCP lanes to a peer that refuses every read, as measured: a refused one costs its lane; with none
+    left the next fails at once, and the one after that waits for a second, on fresh lanes.
+    """
+
+    def __init__(self, lost: int) -> None:
+        self.lost = lost
+        self.now = 0.0
+        self.cools_until = 0.0
+        self.waits = 0
+
+    def __call__(self) -> int:
+        if self.lost == session_probe.LANES:
+            self.lost, self.cools_until = 0, self.now + 1.0
+        else:
+            self.lost += 1
+            if self.now < self.cools_until:
+                self.waits += 1
+                self.now = self.cools_until
+        return -1
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_a_look_in_vain_at_a_peer_that_was_gone_leaves_the_failure_that_connects_lanes_anew_to_no_request(
+    lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes = Lanes(lost)
+    monkeypatch.setattr(session_probe.time, "monotonic", lambda: lanes.now)
+    peer = reader(Engine(read=lanes))
+    for _ in range(5):
+        assert peer.verify(D, was_gone=True) == (Verdict.UNREADABLE, "reading its memory gave -1")
+        assert lanes.lost == 0, "the first request after a registration fails"
+        lanes.now += 1.1
+    assert lanes.waits <= 1, "a core spins for a second each time"
+
+
+def test_a_look_in_vain_at_a_peer_that_was_not_gone_is_one_read() -> None:
+    engine = Engine(read=-1)
+    reader(engine).verify(D)
+    assert len(engine.reads) == 1, "a second of a core each, while its data port rejects"
+
+
+def test_lanes_are_left_alone_where_every_read_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = Lanes(0)
+
+    def slow() -> int:
+        lanes.now += 2.0
+        return -1
+
+    monkeypatch.setattr(session_probe.time, "monotonic", lambda: lanes.now)
+    engine = Engine(read=slow)
+    reader(engine).verify(D, was_gone=True)
+    assert len(engine.reads) == 1

@@ -171,7 +171,7 @@ class _FailedSessionProber:
     def _look(self, question: _blacklist.Question) -> Any:
         """Asks the peer, or verifies it. Runs on a worker thread."""
         if question.verify:
-            return self._reader.verify(question.session)
+            return self._reader.verify(question.session, question.was_gone)
         return _session_probe.ask(self._engine, question.session)
 
     def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:

@@ -51,6 +51,9 @@ FIRST_HOLD_S = 1.0
 # After a failed read Mooncake keeps the peer in a cooldown of 1.0 s, in which a read spins a core: stay out of it.
 MIN_VERIFY_PAUSE_S = 1.1
 VERIFY_PAUSE_FACTOR = 10.0
+# A peer whose process was gone can be read only after it has registered, and each failed look at it leaves Mooncake's
+# lanes to it in a cooldown, so the pause grows with the time since it came back.
+VERIFY_SHARE_OF_TIME_BACK = 0.5
 # One verification at a time; one that is stuck (packets dropped: 30 s) lets one other go beside it.
 VERIFICATION_LIMIT = 2
 # Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
@@ -98,6 +101,7 @@ class Question:
     generation: int
     asked_at: float
     verify: bool
+    was_gone: bool = False  # of a verification: as _Session.was_gone
 
 
 class _Session:
@@ -122,6 +126,7 @@ class _Session:
         "used_at",  # on probation: when a request first used it, or None
         "uses",
         "verify_after",
+        "was_gone",  # a probe in this outage was refused: its process may be another one now
     )
 
     def __init__(self, session: Any) -> None:
@@ -136,6 +141,7 @@ class _Session:
         self.blacklisted_at = now
         self.hold_until = now + hold_s
         self.refused = 0
+        self.was_gone = False
 
     def begin_generation(self, now: float, generation: int) -> None:
         """A transfer failed: what was answered before counts no more."""
@@ -347,6 +353,7 @@ class FailedSessions(set[Any]):
         if record is None:
             return
         record.prompt = prompt or answered
+        record.was_gone |= prompt and not answered
         if answered:
             self._heard_from(record, now)
         else:
@@ -365,7 +372,7 @@ class FailedSessions(set[Any]):
             self._not_heard_from(record, now)
         elif verdict is Verdict.UNREADABLE:
             record.unreadable = why
-            record.verify_after = now + max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * (now - question.asked_at))
+            record.verify_after = now + self._verify_pause_s(record, now, took_s=now - question.asked_at)
             self._schedule_next_probe(record, now)
         else:
             self._let_in(record, now, unverified=None)
@@ -477,6 +484,12 @@ class FailedSessions(set[Any]):
             record.unreadable = None
         outage_s = now - record.blacklisted_at
         self._tell(Event.RECOVERED, record.id, outage_s=outage_s, refused=record.refused, unverified=unverified)
+
+    def _verify_pause_s(self, record: _Session, now: float, took_s: float) -> float:
+        pause_s = max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * took_s)
+        if record.was_gone and record.answered_since is not None:
+            pause_s = max(pause_s, VERIFY_SHARE_OF_TIME_BACK * (now - record.answered_since))
+        return pause_s
 
     def _probation_ends(self, record: _Session) -> None:
         # Once is no proof: a registration looks it up too (to 0.5.21), and the request that ends it has sent nothing.
@@ -618,7 +631,7 @@ class FailedSessions(set[Any]):
         return self._unproven.popitem(last=newest)[0]
 
     def _ask(self, record: _Session, now: float, verify: bool) -> Question:
-        question = Question(record.id, record.generation, now, verify)
+        question = Question(record.id, record.generation, now, verify, verify and record.was_gone)
         record.due_at = _NEVER
         self._prompt.pop(record, None)
         self._unproven.pop(record, None)

@@ -23,8 +23,11 @@ from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
 
-READS_IN_A_ROW = 4  # Mooncake has four TCP lanes a peer, and each can be dead for itself
+LANES = 4  # Mooncake has four TCP lanes a peer, and each can be dead for itself
+READS_IN_A_ROW = LANES
 READ_BYTES = 8
+# A read that waits for a lane's cooldown takes the rest of a second, any other some milliseconds.
+_WAITED_S = 0.25
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
 # At an exit: how long threads that run, rather than wait, are left to return from the engine by themselves.
 _PARK_PATIENCE_S = 0.05
@@ -84,28 +87,30 @@ class MemoryReader:
         self._scratch: Optional[int] = None
         self._scratch_lock = threading.Lock()
 
-    def verify(self, session: str) -> tuple[Verdict, str]:
+    def verify(self, session: str, was_gone: bool = False) -> tuple[Verdict, str]:
         """Probes the session once more and reads its memory until four reads in a row succeed.
 
         The first read that fails ends it, because Mooncake lets a second of cooldown follow, which the next read
-        would spend spinning. Gives the verdict and, for an unreadable peer, the reason in words. Blocks for up to a
-        minute and longer; hold no lock. What ``send_probe`` raises is raised.
+        would spend spinning; with ``was_gone`` no lane is left half used then. Gives the verdict and, for an unreadable
+        peer, the reason in words. Blocks for up to a minute and longer; hold no lock. What ``send_probe`` raises is
+        raised.
         """
         # A transfer to a stopped peer can hold up transfers to live ones, so never read without a fresh answer.
         if ask(self._engine, session) != 0:
             return Verdict.UNANSWERED, ""
-        read = getattr(mooncake_engine(self._engine), "transfer_sync_read", None)
+        transfer = getattr(mooncake_engine(self._engine), "transfer_sync_read", None)
         address = self._address_of(session)
         scratch = self._scratch_address()
-        if read is None or address is None or scratch is None:
+        if transfer is None or address is None or scratch is None:
             return Verdict.CANNOT_TELL, ""
+        read = functools.partial(transfer, session, scratch, address, READ_BYTES)
         for _ in range(READS_IN_A_ROW):
-            try:
-                rc = read(session, scratch, address, READ_BYTES)
-            except Exception as error:
-                return Verdict.UNREADABLE, f"reading its memory raised {error!r}"
-            if type(rc) is not int or rc != 0:
-                return Verdict.UNREADABLE, f"reading its memory gave {rc!r}"
+            began = time.monotonic()
+            why = _failure_of(read)
+            if why:
+                if was_gone and time.monotonic() - began < _WAITED_S:
+                    _use_up_lanes(read)
+                return Verdict.UNREADABLE, why
         return Verdict.READABLE, ""
 
     def _address_of(self, session: str) -> Optional[int]:
@@ -130,6 +135,33 @@ class MemoryReader:
             return address if mooncake_engine(self._engine).register_memory(address, mmap.PAGESIZE) == 0 else 0
         except Exception:
             return 0  # an engine that takes no memory of this kind: the answered handshake decides
+
+
+def _failure_of(read: Callable[[], Any]) -> str:
+    """Reads once; gives what went wrong in words, empty if nothing."""
+    try:
+        rc = read()
+    except Exception as error:
+        return f"reading its memory raised {error!r}"
+    return "" if type(rc) is int and rc == 0 else f"reading its memory gave {rc!r}"
+
+
+def _use_up_lanes(read: Callable[[], Any]) -> None:
+    """Goes on with a read that has failed until no lane of Mooncake's is half used.
+
+    A read that the peer refuses costs a lane. With all four lost, the next transfer fails at once, even if the peer
+    has registered since, and only that has the lanes connected anew: so this failure must be a read's. How many were
+    lost before is known only once a read has waited for a lane: it was the first on fresh ones.
+    """
+    left, has_waited = LANES, False
+    while left:
+        began = time.monotonic()
+        if not _failure_of(read):
+            return
+        waited = time.monotonic() - began >= _WAITED_S
+        if waited and has_waited:
+            return  # every read is slow here
+        left, has_waited = (LANES, True) if waited else (left - 1, has_waited)
 
 
 _kept_pages: list[mmap.mmap] = []  # as long as the process: a read that is stuck may still write there

@@ -1,0 +1,51 @@
+"""What do the tests in this folder share: a pair of nodes with a network between them, and a report of the faults?"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import pytest
+from network import Network, why_no_network
+from node import Node
+
+DECODE_PORTS = (20001, 20000)  # handshake and data, in a network namespace of the test's own
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """A network namespace of the test's own; the test is skipped where there can be none."""
+    if why_not := why_no_network():
+        pytest.skip(f"no network fault is injected: {why_not}")
+    with Network() as network:
+        yield network
+
+
+@pytest.fixture
+def pair(network: Network, tmp_path: pathlib.Path) -> Iterator[tuple[Node, Node]]:
+    """A prefill and a decode node in that network that have met. The decode node can be restarted on its ports."""
+    with (
+        Node("prefill", tmp_path / "prefill", network.path) as prefill,
+        Node("decode", tmp_path / "decode", network.path, DECODE_PORTS) as decode,
+    ):
+        prefill.register(decode)
+        assert prefill.send_to(decode) == ""  # first contact with a stopped peer takes Mooncake a minute
+        yield prefill, decode
+
+
+@pytest.fixture
+def record_fault() -> Callable[..., None]:
+    """Appends what a fault cost to the file that FAULT_REPORT names, for tools/fault_table.py; without it, nothing.
+
+    ``lost`` counts requests whose transfer failed after the failure that blacklisted the session.
+    """
+
+    def record_fault(fault: str, how: str, *, lost: int, served_after_s: float | None) -> None:
+        if report := os.environ.get("FAULT_REPORT"):
+            line = json.dumps({"fault": fault, "how": how, "lost": lost, "served_after_s": served_after_s}) + "\n"
+            with open(report, "a") as file:  # one write, so that processes side by side do not mix their lines
+                file.write(line)
+
+    return record_fault

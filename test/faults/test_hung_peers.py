@@ -1,0 +1,48 @@
+"""Is a decode node that heals used again on time, however many others hang or are gone at the same moment?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from imposters import imposters
+from network import Network
+from node import Node
+from traffic import Requests
+
+CLOSED_PORTS = range(21000, 22000)
+
+
+@pytest.mark.parametrize("place", ["first", "in the middle", "last"])
+@pytest.mark.parametrize("count", [64, 300])
+def test_a_decode_node_that_heals_is_used_again_on_time_beside_hung_ones(
+    network: Network, pair: tuple[Node, Node], count: int, place: str, record_fault: Callable[..., None]
+) -> None:
+    prefill, decode = pair
+    requests = Requests(prefill, decode)
+    before = {"first": 0, "in the middle": count // 2, "last": count}[place]
+    with imposters("silent", count, network=network.path) as hung:  # as a stopped peer: connected, and no answer
+        prefill.ask("fail", [*hung[:before], decode.session, *hung[before:]])
+        after_s = requests.until_served(deadline_s=20)
+        record_fault(f"{count} peers hang", f"listeners; it failed {place}", lost=requests.lost, served_after_s=after_s)
+        assert after_s is not None, prefill.log_text()
+        assert requests.lost == 0
+        assert after_s < 8, f"a healthy decode node was refused for {after_s:.1f} s because others hang"
+        assert prefill.ask("blacklisted") == sorted(hung), "a peer that never answered was let in"
+
+
+def test_a_decode_node_that_heals_is_used_again_on_time_beside_a_thousand_that_are_gone(
+    pair: tuple[Node, Node], record_fault: Callable[..., None]
+) -> None:
+    prefill, decode = pair
+    requests = Requests(prefill, decode)
+    gone = [f"127.0.0.1:{port}" for port in CLOSED_PORTS]
+    prefill.ask("fail", gone)
+    with decode.stopped():
+        requests.first_fails()
+        prefill.ask("fail", gone)  # the requests to them fail again
+    after_s = requests.until_served(deadline_s=8)
+    record_fault("1,000 peers are gone", "closed ports; it stood still", lost=requests.lost, served_after_s=after_s)
+    assert after_s is not None, f"a healthy decode node was refused because others are gone:\n{prefill.log_text()}"
+    assert requests.lost == 0
+    assert prefill.ask("blacklisted") == sorted(gone)
