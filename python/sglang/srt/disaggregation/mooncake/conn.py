@@ -90,6 +90,9 @@ class _FailedSessionProber:
         self._settings = settings
         self._engine = manager.engine
         self._lock = manager.session_lock
+        # The loop may hold it at the moment of a fork, and is not in the child, which would wait for it for ever.
+        if hasattr(self._lock, "_at_fork_reinit"):
+            os.register_at_fork(after_in_child=self._lock._at_fork_reinit)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader = _session_probe.MemoryReader(manager.engine, lambda session: _registration(manager, session))
         self._thread: Optional[threading.Thread] = None

@@ -29,8 +29,10 @@ READ_BYTES = 8
 # A read that waits for a lane's cooldown takes the rest of a second, any other some milliseconds.
 _WAITED_S = 0.25
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
-# At an exit: how long threads that run, rather than wait, are left to return from the engine by themselves.
-_PARK_PATIENCE_S = 0.05
+# At an exit: how long it may take to find the threads that hang in the engine, and how many looks show that one spins.
+_PARK_WITHIN_S = 0.4
+_SPINNING = 8
+_FUTEX = ("202", "98")  # its number on x86-64 and on ARM
 
 
 def mooncake_engine(engine: Any) -> Any:
@@ -141,7 +143,7 @@ def _failure_of(read: Callable[[], Any]) -> str:
     """Reads once; gives what went wrong in words, empty if nothing."""
     try:
         rc = read()
-    except Exception as error:
+    except BaseException as error:  # an engine may raise anything
         return f"reading its memory raised {error!r}"
     return "" if type(rc) is int and rc == 0 else f"reading its memory gave {rc!r}"
 
@@ -203,6 +205,9 @@ class Workers:
         while (work := self._jobs.get()) is not None:
             job, subject, results = work
             _in_engine.add(threading.get_native_id())
+            if _exiting.is_set():
+                _in_engine.discard(threading.get_native_id())
+                return
             try:
                 outcome: tuple[Any, Any, Optional[BaseException]] = (subject, job(subject), None)
             except BaseException as error:  # whatever an engine raises, the next session goes on
@@ -217,9 +222,11 @@ class Workers:
 
 # A thread that returns from Mooncake while the interpreter shuts down is ended by it, and that aborts the process. A
 # call that hangs cannot be cancelled, so at an exit such threads are parked where they are: by a signal whose handler
-# is pause() of the C library, which needs no interpreter and never returns.
+# is pause() of the C library, which needs no interpreter and never returns. Only threads that the kernel says to be
+# outside the interpreter: one that waits for it, with a futex, must have it, or the exit would wait for ever.
 
 _in_engine: set[int] = set()  # threads at a job, by the kernel's ids
+_exiting = threading.Event()
 
 
 @functools.cache
@@ -230,32 +237,43 @@ def _prepare_for_exit() -> None:
 
 
 def _park_threads_in_engine() -> None:
-    """Runs at the interpreter's exit, in the main thread."""
+    """Runs at the interpreter's exit, in the main thread; takes some milliseconds, 0.4 s if threads come back late."""
+    _exiting.set()
     libc = ctypes.CDLL(None)
     number = _unused_signal(libc)
-    if not _in_engine or number is None:
+    if number is None:
         return
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(number, ctypes.cast(libc.pause, ctypes.c_void_p))
-    deadline = time.monotonic() + _PARK_PATIENCE_S
-    parked: set[int] = set()
-    while left := _in_engine - parked:
-        time.sleep(0.001)  # who has returned from the engine and waits for the interpreter has it now
-        for thread in left & _in_engine:
-            # One that runs may hold a lock that the exit needs, so it is left to run; one that waits holds none.
-            if _waits(thread) or time.monotonic() > deadline:
-                libc.tgkill(os.getpid(), thread, number)
-                parked.add(thread)
+    deadline = time.monotonic() + _PARK_WITHIN_S
+    seen: dict[int, list[str]] = {}
+    while _in_engine and time.monotonic() < deadline:
+        try:
+            time.sleep(0.002)  # who has returned from the engine and waits for the interpreter may have it now
+            for thread in list(_in_engine):
+                calls = seen.setdefault(thread, [])
+                calls.append(_system_call_of(thread))
+                if _is_inside(calls):
+                    _in_engine.discard(thread)
+                    libc.tgkill(os.getpid(), thread, number)
+        except BaseException:  # a signal handler that raises must not leave threads behind
+            continue
 
 
-def _waits(thread: int) -> bool:
-    """True if the kernel says that the thread waits for something."""
+def _is_inside(calls: list[str]) -> bool:
+    """True if a thread that was seen in these system calls, 2 ms apart, is in the engine beyond doubt."""
+    if calls[-1] == "running":  # for as long: it spins there
+        return calls[-_SPINNING:] == ["running"] * _SPINNING
+    return calls[-1] not in _FUTEX and calls[-2:-1] == calls[-1:]
+
+
+def _system_call_of(thread: int) -> str:
+    """The number of the system call that the thread waits in, "running" if in none; a futex if that is not known."""
     try:
-        stat = pathlib.Path(f"/proc/self/task/{thread}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "S"
+        return pathlib.Path(f"/proc/self/task/{thread}/syscall").read_text().split()[0]
+    except (OSError, IndexError):
+        return _FUTEX[0]
 
 
 def _unused_signal(libc: ctypes.CDLL) -> Optional[int]:
