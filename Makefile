@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast wheel network-tools
+.PHONY: test test-fast faults mechanisms wheel network-tools
 
 # Everything: without SGLang, on two managers of three stock releases, on real servers. About 15 minutes, the
 # first time plus the downloads.
@@ -10,11 +10,27 @@ test: network-tools
 	$(PYTHON) tools/environment.py sglang-0.5.10.post1
 	$(PYTHON) tools/environment.py sglang-0.5.12.post1
 	$(PYTHON) tools/environment.py sglang-0.5.23
-	$(ENGINES) -m pytest test
+	$(ENGINES) -m pytest -n 2 test/unit
+	$(ENGINES) -m pytest -n 8 test/faults
+	$(ENGINES) -m pytest test/doors test/servers test/stock
 
 # What needs no SGLang.
 test-fast: network-tools
 	$(ENGINES) -m pytest -n 6 test/unit test/faults/test_recovery.py
+
+# Every fault in full size, and the table of docs/faults.md: 200 exits, 50,000 probes, a minute of many threads.
+# RUNS=5 injects each of them five times.
+RUNS ?= 1
+faults: network-tools
+	rm -f .faults.jsonl
+	for run in $$(seq $(RUNS)); do \
+	  FAULT_REPORT=$(CURDIR)/.faults.jsonl FAULTS_EXITS=200 FAULTS_PROBES=50000 FAULTS_STRESS_S=60 \
+	  $(ENGINES) -m pytest -n 6 --timeout 1200 test/faults || exit 1; done
+	$(PYTHON) tools/fault_table.py .faults.jsonl
+
+# Breaks each mechanism in a copy of the tree and says which test sees it. About half an hour.
+mechanisms:
+	$(ENGINES) tools/break_mechanisms.py
 
 wheel:
 	$(ENGINES) -m build --wheel --no-isolation .
