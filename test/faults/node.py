@@ -24,7 +24,7 @@ from typing import Any
 
 import processes
 
-MEMORY = 1 << 20
+MEMORY = int(os.environ.get("NODE_MEMORY", 1 << 20))
 PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 
 
@@ -163,6 +163,15 @@ class Node:
         self.kill()
         self._start((self.handshake_port, data_port or self.data_port))
 
+    def misbehave(self, call: str, how: str, value: Any = None, session: str | None = None) -> None:
+        """From now on a call of this node's Mooncake engine misbehaves; see `FaultyEngine.misbehave`."""
+        self.ask("misbehave", call, how, value, session)
+
+    def calls(self, call: str, session: str) -> tuple[int, int]:
+        """How often a call of Mooncake was begun for the session, and how often it came back, since `misbehave`."""
+        begun, returned = self.ask("calls", call).get(session, [0, 0])
+        return begun, returned
+
     def __enter__(self) -> Node:
         return self
 
@@ -177,7 +186,9 @@ def _stands_still(pid: int) -> bool:
 
 def serve(role: str, handshake_port: int) -> None:
     """The body of the process. `handshake_port` is the one it must have, 0: any."""
+    from faulty_engine import faulty_engine_of
     from prometheus_client import REGISTRY
+    from sglang.srt.disaggregation.mooncake import failed_sessions
     from sglang.srt.disaggregation.mooncake.conn import KVTransferError, PeerMemory
 
     memory = (ctypes.c_char * MEMORY)()
@@ -200,6 +211,13 @@ def serve(role: str, handshake_port: int) -> None:
                 manager.session_failures[session] += 1
                 manager.failed_sessions.add(session)
 
+    def send_blocks(session: str, blocks: list[tuple[int, int, int]]) -> str:
+        try:
+            manager.send_blocks(session, [(address + offset, there, length) for offset, there, length in blocks])
+        except KVTransferError as error:
+            return str(error)
+        return ""
+
     def teardown() -> float:
         began = time.monotonic()
         manager.teardown()
@@ -216,6 +234,13 @@ def serve(role: str, handshake_port: int) -> None:
         "threads": lambda: sorted(thread.name for thread in threading.enumerate()),
         "recoveries": lambda: REGISTRY.get_sample_value("sglang:failed_session_recoveries_total"),
         "teardown": teardown,
+        "send_blocks": send_blocks,
+        "fill_part": lambda byte, offset, length: ctypes.memset(address + offset, byte, length) and None,
+        "count": lambda byte, offset, length: ctypes.string_at(address + offset, length).count(bytes([byte])),
+        "read_directly": lambda session, there: manager.engine.engine.transfer_sync_read(session, address, there, 8),
+        "set_rule": lambda name, value: setattr(failed_sessions, name, value),
+        "misbehave": lambda *fault: faulty_engine_of(manager).misbehave(*fault),
+        "calls": lambda call: faulty_engine_of(manager).calls(call),
         "exit": sys.exit,
     }
     answers = os.fdopen(os.dup(1), "w")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Optional
 
 import pytest
 from installation import environment, limit_only_the_test, wheel  # noqa: F401
@@ -33,8 +34,8 @@ def start(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """
     with contextlib.ExitStack() as nodes:
 
-        def start(role: str, *, python: pathlib.Path = python, **settings: str) -> Node:
-            return nodes.enter_context(Node(python, role, tmp_path_factory.mktemp(role), **settings))
+        def start(role: str, *, python: pathlib.Path = python, network: Optional[str] = None, **settings: str) -> Node:
+            return nodes.enter_context(Node(python, role, tmp_path_factory.mktemp(role), network, **settings))
 
         yield start
 

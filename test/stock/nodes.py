@@ -44,16 +44,20 @@ class Refused(Exception):
 class Node:
     """One process with a stock manager. Starting it returns at once, so that several can import side by side.
 
-    Not thread-safe. A context manager: its end ends the process, whatever state that is in.
+    `network` is the path of the network namespace that it is to be in. Not thread-safe. A context manager: its end ends
+    the process, whatever state that is in.
     """
 
-    def __init__(self, python: pathlib.Path, role: str, folder: pathlib.Path, **settings: str) -> None:
+    def __init__(
+        self, python: pathlib.Path, role: str, folder: pathlib.Path, network: str | None = None, **settings: str
+    ) -> None:
+        enter = ["nsenter", f"--net={network}"] if network else []
         self.role = role
         self._log = folder / "log.jsonl"
         self._stderr = folder / "stderr"
         with open(self._stderr, "w") as stderr:
             self._process = subprocess.Popen(
-                [python, PROGRAM, role, self._log],
+                [*enter, python, PROGRAM, role, self._log],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -148,7 +152,7 @@ class Node:
             pass  # it has ended: the answer that does not come says so
 
 
-Start = Callable[..., Node]  # the fixture: start(role, *, python=..., **settings)
+Start = Callable[..., Node]  # the fixture: start(role, *, python=..., network=..., **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,22 +163,22 @@ class Sent:
     reason: str
 
 
-def hand_over(prefill: Node, decode: Node, register: bool = False) -> int:
-    """Let decode hand its pages for a new request to prefill; return the request's room.
+def hand_over(prefill: Node, decode: Node, register: bool = False, pages: list[int] = TARGET_PAGES) -> int:
+    """Let decode hand pages for a new request to prefill; return the request's room.
 
     With `register`, decode first registers its memory again, as after it has lost the prefill's heartbeat.
     """
     room = random.randint(1, 2**62)
-    decode.ask("receive", room=room, pages=TARGET_PAGES, bootstrap=prefill.bootstrap, register=register)
+    decode.ask("receive", room=room, pages=pages, bootstrap=prefill.bootstrap, register=register)
     heard = prefill.ask("await_receiver", room=room)
     assert heard["status"] == "WaitingForInput", f"prefill has not heard of the request: {heard}"
     return room
 
 
-def send(prefill: Node, room: int) -> Sent:
-    """Transfer new bytes for a request that was handed over; return when the transfer has ended."""
+def send(prefill: Node, room: int, pages: list[int] = SOURCE_PAGES) -> Sent:
+    """Transfer new bytes, of these pages, for a request that was handed over; return when the transfer has ended."""
     prefill.ask("fill", seed=room % 251)
-    prefill.ask("send", room=room, pages=SOURCE_PAGES)
+    prefill.ask("send", room=room, pages=pages)
     ended = prefill.ask("finish", room=room, wait_s=30)
     return Sent(ended["status"], ended.get("reason", ""))
 

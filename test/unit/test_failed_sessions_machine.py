@@ -1,44 +1,64 @@
 """Do the promises about the blacklist hold for any order of failures, registrations, requests and answers?
 
-FAILED_SESSIONS_MACHINE=long tells 4000 stories, other ones each time, instead of the same 50.
+FAILED_SESSIONS_MACHINE_MINUTES=10 tells longer stories, other ones each time, until ten minutes are over, instead of
+the same 60.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import time
+import types
 from typing import Any, Optional
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sglang.srt.disaggregation.mooncake import failed_sessions
 from sglang.srt.disaggregation.mooncake.failed_sessions import (
     MIN_VERIFY_PAUSE_S,
     PROBATION_S,
     STUCK_AFTER_S,
     Event,
+    FailedSessions,
     Question,
     Verdict,
 )
+from sglang.srt.environ import FailedSessionProbeSettings
 from virtual_prober import (
     DATA_PORT_DROPPED,
     DATA_PORT_REJECTED,
     HEALTHY,
     HUNG,
     REFUSING,
+    Clock,
     Entry,
     Peer,
     VirtualProber,
 )
 
-LONG = os.environ.get("FAILED_SESSIONS_MACHINE") == "long"
+MINUTES = float(os.environ.get("FAILED_SESSIONS_MACHINE_MINUTES", "0"))
 
 # Small, so that a few sessions reach every limit.
-INTERVAL_S, MAX_INTERVAL_S, IDLE_TIMEOUT_S, SETTLE_S = 4.0, 16.0, 100.0, 1.0
+INTERVAL_S, MAX_INTERVAL_S, IDLE_TIMEOUT_S = 4.0, 16.0, 100.0
 CONCURRENCY, STUCK_LIMIT, STUCK_RESERVE = 2, 4, 1
 A_MOMENT_S = 0.1
+# Once three quarters of the places for probes are stuck, peers that hang are many, and a probe is stuck after this.
+STUCK_IN_A_CROWD_AFTER_S = 0.1
+# Beside six others a peer that has healed waits for three turns of those that hang, 60 s each, then for the longest
+# hold and as long as an unreadable one must have answered.
+BESIDE_OTHERS_S = 3 * 60.0 + INTERVAL_S + 2 * MAX_INTERVAL_S
 
 SESSIONS = [f"decode:{port}" for port in range(1, 8)]
 MALFORMED = "no session id"
@@ -92,8 +112,11 @@ class Known:
 class Onlooker:
     """Reads the log of what happened and says where a promise was broken."""
 
-    def __init__(self, verify: bool) -> None:
+    def __init__(self, verify: bool, settle_s: float) -> None:
         self.verifying = verify
+        self.settle_s = settle_s
+        self.shut_down = False
+        self.stuck: set[Question] = set()
         self.known: dict[Any, Known] = {}
         self.in_flight: dict[Any, Question] = {}
         self.put_on = self.recovered = self.dropped = self.registered = 0
@@ -102,8 +125,17 @@ class Onlooker:
         return {session for session, known in self.known.items() if known.blacklisted}
 
     def read(self, entry: Entry) -> None:
+        self._note_stuck(entry.at)
         name = entry.what.name if isinstance(entry.what, Event) else entry.what
         getattr(self, f"_read_{name.lower()}")(entry, self.known.get(entry.session))
+
+    def _note_stuck(self, now: float) -> None:
+        for limit_s in [STUCK_AFTER_S, STUCK_IN_A_CROWD_AFTER_S]:
+            if limit_s == STUCK_AFTER_S or len(self.stuck) >= 0.75 * CONCURRENCY:
+                self.stuck.update(probe for probe in self._probes() if now - probe.asked_at >= limit_s - 0.001)
+
+    def _probes(self) -> list[Question]:
+        return [question for question in self.in_flight.values() if not question.verify]
 
     def _read_failed(self, entry: Entry, known: Optional[Known]) -> None:
         if known is None or known.quiet_since(entry.at):
@@ -135,6 +167,8 @@ class Onlooker:
         assert known is not None, f"{entry.session} was asked, and is not blacklisted"
         assert known.blacklisted, f"{entry.session} was asked, and is not blacklisted"
         self._read_question(entry, known)
+        young = [probe for probe in self._probes() if probe not in self.stuck]
+        assert len(young) <= CONCURRENCY, f"{len(young)} probes are out that are not stuck"
 
     def _read_verification(self, entry: Entry, known: Optional[Known]) -> None:
         if known is not None:  # else its probation ends with this
@@ -145,6 +179,7 @@ class Onlooker:
 
     def _read_question(self, entry: Entry, known: Known) -> None:
         assert entry.session != MALFORMED, "Mooncake was asked for what is no session id"
+        assert not self.shut_down, f"{entry.session} was asked while the engine is being torn down"
         assert entry.session not in self.in_flight, f"two questions to {entry.session} at a time"
         self.in_flight[entry.session] = entry.detail
         known.fresh.add(entry.detail)
@@ -152,6 +187,7 @@ class Onlooker:
     def _read_answer(self, entry: Entry, known: Optional[Known]) -> None:
         question, answer = entry.detail
         self.in_flight.pop(entry.session, None)
+        self.stuck.discard(question)
         if known is None or question not in known.fresh:
             return
         if not known.blacklisted:
@@ -171,7 +207,7 @@ class Onlooker:
         assert known.blacklisted, f"{entry.session} was let in, and was not blacklisted"
         assert known.answered_since is not None, f"{entry.session} was let in on no answer since its newest failure"
         answered_for = entry.at - known.answered_since
-        assert answered_for >= SETTLE_S - 0.001, f"{entry.session} was let in before it had settled"
+        assert answered_for >= self.settle_s - 0.001, f"{entry.session} was let in before it had settled"
         assert entry.at >= known.hold_until, f"{entry.session} was let in before its hold had passed"
         if entry.detail["unverified"] is not None:
             assert answered_for >= known.fails_open_after() - 0.001, f"{entry.session} was let in too early unverified"
@@ -201,6 +237,9 @@ class Onlooker:
     def _read_verification_off(self, entry: Entry, known: Optional[Known]) -> None:
         self.verifying = False
 
+    def _read_shutdown(self, entry: Entry, known: Optional[Known]) -> None:
+        self.shut_down = True
+
 
 class BlacklistMachine(RuleBasedStateMachine):
     """Seven decode nodes and one prefill node."""
@@ -214,15 +253,17 @@ class BlacklistMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.limits.stop()
 
-    @initialize(jitter=st.sampled_from([0.0, 0.5, 1.0]), verify=st.booleans())
-    def start(self, jitter: float, verify: bool) -> None:
-        self.onlooker = Onlooker(verify)
+    @initialize(
+        jitter=st.sampled_from([0.0, 0.5, 1.0]), verify=st.booleans(), settle_s=st.sampled_from([1.0, 1.0, 0.0])
+    )
+    def start(self, jitter: float, verify: bool, settle_s: float) -> None:
+        self.onlooker = Onlooker(verify, settle_s)
         self.prober = VirtualProber(
             jitter=jitter,
             interval_s=INTERVAL_S,
             max_interval_s=MAX_INTERVAL_S,
             idle_timeout_s=IDLE_TIMEOUT_S,
-            settle_s=SETTLE_S,
+            settle_s=settle_s,
             concurrency=CONCURRENCY,
             verify=verify,
         )
@@ -260,6 +301,7 @@ class BlacklistMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.prober.run(seconds)
 
+    @precondition(lambda self: not self.onlooker.shut_down)
     @rule()
     def everybody_heals(self) -> None:
         """Whoever answers from now on, and can be read, is let in within the promised time."""
@@ -275,11 +317,45 @@ class BlacklistMachine(RuleBasedStateMachine):
             assert moments, f"{session} healed and was not let in"
             assert moments[-1] <= at, f"{session} was let in {moments[-1] - at:.3f} s later than promised"
 
+    @precondition(lambda self: not self.onlooker.shut_down)
+    @rule(session=st.sampled_from(SESSIONS), peer=st.sampled_from([HEALTHY, DATA_PORT_REJECTED]))
+    def one_answers_again(self, session: str, peer: Peer) -> None:
+        """Beside others that hang, refuse and cannot be read it takes longer, but it takes turns with them."""
+        self.prober.resume(session)
+        self.prober.becomes(session, peer)
+        if session not in self.seen_blacklist():
+            self.prober.fail(session)
+        until = self.prober.clock.now + BESIDE_OTHERS_S
+        while session in self.seen_blacklist():
+            self.prober.request(session)
+            self.prober.run(5.0)
+            assert self.prober.clock.now < until, f"{session} answers, and is not used while others hang"
+
+    @precondition(lambda self: not self.onlooker.shut_down)
+    @rule()
+    def all_register(self) -> None:
+        """Nothing of the past remains, once the last probe is back and the idle timeout is over."""
+        for session in [*SESSIONS, MALFORMED]:
+            self.prober.register(session)
+        self.prober.run(61.0)
+        self.prober.fail(SESSIONS[0], peer=REFUSING)  # no timer runs before
+        self.prober.run(IDLE_TIMEOUT_S + 1.0)
+        assert self.seen_blacklist() == set()
+        of_the_last_one = 6
+        assert reachable(self.prober.sessions) <= EMPTY + of_the_last_one, "it keeps what is over"
+
+    @precondition(lambda self: self.prober.clock.now > 300.0 and not self.onlooker.shut_down)
+    @rule()
+    def the_manager_is_torn_down(self) -> None:
+        """SGLang's threads go on with what they do; nobody is asked, and late answers do no harm."""
+        self.prober.shut_down()
+
     def promised_s(self, known: Known) -> float:
         now = self.prober.clock.now
         gap_s = min(INTERVAL_S, 1.1 * max(0.25, 0.1 * (now - known.failed_at)))
         pause_s = min(known.no_read_before - now, gap_s + known.fails_open_after())
-        return max(gap_s + SETTLE_S, known.hold_until - now, pause_s) + A_MOMENT_S + A_MOMENT_S
+        settled_s = gap_s + self.onlooker.settle_s
+        return max(settled_s, known.hold_until - now, pause_s) + A_MOMENT_S + A_MOMENT_S
 
     def seen_blacklist(self) -> set[Any]:
         """The blacklist as an onlooker knows it, after all that has happened until now."""
@@ -308,20 +384,42 @@ class BlacklistMachine(RuleBasedStateMachine):
     @invariant()
     def limits_are_kept(self) -> None:
         out = self.prober.out
-        assert len(out) == self.prober.sessions.in_flight()
+        assert len(out) == self.prober.sessions.in_flight() or self.onlooker.shut_down
         ages = [self.prober.clock.now - question.asked_at for question in out if not question.verify]
-        assert sum(age < STUCK_AFTER_S for age in ages) <= CONCURRENCY
         assert len(ages) <= STUCK_LIMIT + CONCURRENCY, "more threads hang than are allowed"
         verifications = [self.prober.clock.now - question.asked_at for question in out if question.verify]
         assert len(verifications) <= 2
         assert sum(age < STUCK_AFTER_S for age in verifications) <= 1, "two peers are verified at a time"
 
 
-TestBlacklist = BlacklistMachine.TestCase
-TestBlacklist.settings = settings(
-    max_examples=4000 if LONG else 50,
-    stateful_step_count=60 if LONG else 30,
-    derandomize=not LONG,  # the same stories each time, so that a run does not fail by chance
-    report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+def reachable(sessions: FailedSessions) -> int:
+    """How many objects it keeps, its surroundings apart."""
+    surroundings = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinMethodType, Clock)
+    seen, found = set(), [sessions]
+    while found:
+        thing = found.pop()
+        if id(thing) not in seen and not isinstance(thing, (str, int, float, *surroundings)):
+            seen.add(id(thing))
+            found += gc.get_referents(thing)
+    return len(seen)
+
+
+EMPTY = reachable(FailedSessions(FailedSessionProbeSettings(), clock=Clock()))
+
+
+@pytest.mark.timeout(MINUTES * 60 + 600)
+def test_every_promise_is_kept_in_every_story() -> None:
+    until = time.monotonic() + MINUTES * 60
+    while True:
+        run_state_machine_as_test(
+            BlacklistMachine,
+            settings=settings(
+                max_examples=60,
+                stateful_step_count=60 if MINUTES else 40,
+                derandomize=not MINUTES,  # the same stories each time, so that a run does not fail by chance
+                report_multiple_bugs=False,
+                suppress_health_check=[HealthCheck.too_slow],
+            ),
+        )
+        if time.monotonic() >= until:
+            return

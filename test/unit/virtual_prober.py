@@ -11,6 +11,7 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import Event, FailedSess
 from sglang.srt.environ import FailedSessionProbeSettings
 
 ROUND_S = 0.000001  # what one round of the daemon thread takes: time never stands still
+STOP_GRACE_S = 0.2  # for so long after a shutdown answers are still heard
 
 
 class Clock:
@@ -41,7 +42,9 @@ DATA_PORT_DROPPED = Peer(memory=Verdict.UNREADABLE, read_takes=30.0)
 
 
 class Entry(NamedTuple):
-    """Something that happened: an Event, or "failed", "registered", "requested", "probe", "verification", "answer"."""
+    """Something that happened: an Event, or one of "failed", "registered", "requested", "shutdown", "probe",
+    "verification" and "answer".
+    """
 
     at: float
     what: Any
@@ -52,17 +55,15 @@ class Entry(NamedTuple):
 class VirtualProber:
     """Sleeps and wakes as the daemon thread does: until something is due, an answer comes, or it is woken."""
 
-    def __init__(
-        self, *blacklisted: Any, jitter: float = 0.5, stuck_limit: Optional[int] = None, **settings: Any
-    ) -> None:
+    def __init__(self, *blacklisted: Any, jitter: float = 0.5, **settings: Any) -> None:
         self.clock = Clock()
         self.log: list[Entry] = []
         self.removed: list[Any] = []  # what the blacklist itself took off
         self.out: dict[Question, tuple[float, Any]] = {}  # under way: when its answer comes, and which
-        self.registrations: dict[Any, object] = {}
         self._peers: dict[Any, Peer] = {}
         self._woken = False
         self._wakes_at = math.inf
+        self._shut_down_at = math.inf
         self.sessions = FailedSessions(
             FailedSessionProbeSettings(**settings),
             blacklisted,
@@ -70,8 +71,6 @@ class VirtualProber:
             jitter=lambda: jitter,
             wake=self._wake,
             on_removed=self.removed.append,
-            registration=self.registrations.get,
-            stuck_limit=stuck_limit,
         )
 
     # What happens to the prefill node.
@@ -101,20 +100,18 @@ class VirtualProber:
     def register(self, session: Any) -> None:
         """The decode side registers its memory again."""
         self._note("registered", session)
-        self.registrations[session] = object()
         self.sessions.discard(session)
-
-    def register_as_up_to_0_5_21(self, session: Any) -> None:
-        """The same on a release that takes a session off the blacklist only if it is on it."""
-        self._note("registered", session)
-        self.registrations[session] = object()
-        if session in self.sessions:
-            self.sessions.remove(session)
 
     def request(self, session: Any) -> bool:
         """A request asks for the session; True if it is refused."""
         self._note("requested", session)
         return session in self.sessions
+
+    def shut_down(self) -> None:
+        """The manager is torn down: the daemon thread ends, and SGLang's own threads may go on for a while."""
+        self._note("shutdown", None)
+        self._shut_down_at = self.clock.now
+        self._wakes_at = math.inf
 
     # The daemon thread.
 
@@ -148,6 +145,8 @@ class VirtualProber:
     def _hand_over(self, came: Iterable[Question]) -> None:
         for question in came:
             _, answer = self.out.pop(question)
+            if self.clock.now > self._shut_down_at + STOP_GRACE_S:
+                continue  # nobody hears it any more
             self._note("answer", question.session, (question, answer))
             if question.verify:
                 self.sessions.verified(question, answer, "reading its memory gave -1")
@@ -157,6 +156,8 @@ class VirtualProber:
 
     def _start_due(self) -> int:
         started = 0
+        if self._shut_down_at <= self.clock.now:
+            return started
         while questions := self.sessions.take_due():
             started += len(questions)
             for question in questions:

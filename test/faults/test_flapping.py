@@ -1,0 +1,61 @@
+"""Does a decode node that fails again after each re-admission cost less and less, and is that forgotten in time?"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import time
+from collections.abc import Callable
+
+from node import Node
+
+RELAPSES = 20
+FIRST_HOLD_S = 0.125  # in place of 1 s; the longest hold is 1 s in place of 300 s
+HOLDS_S = [0.125, 0.25, 0.5] + [1.0] * (RELAPSES - 3)
+QUIET_S = 2.0  # in place of 60 s
+SETTINGS = {
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
+    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "1",
+    "SGLANG_FAILED_SESSION_PROBE_SETTLE_S": "0.05",
+}
+
+
+def holds_in(log: str) -> list[float]:
+    return [float(line.split("held for ")[1].removesuffix("s")) for line in log.splitlines() if "held for " in line]
+
+
+def test_a_flapping_decode_node_is_held_longer_each_time_and_a_quiet_spell_ends_that(
+    tmp_path: pathlib.Path, record_fault: Callable[..., None]
+) -> None:
+    with Node("prefill", tmp_path / "prefill", **SETTINGS) as prefill, Node("decode", tmp_path / "decode") as decode:
+        prefill.register(decode)
+        assert prefill.send_to(decode) == ""
+        prefill.ask("set_rule", "FIRST_HOLD_S", FIRST_HOLD_S)
+        prefill.ask("set_rule", "PROBATION_S", QUIET_S)
+
+        prefill.misbehave("batch_transfer_sync_write", "gives", -1)  # while probes and reads work
+        lost_at = []
+        while len(lost_at) <= RELAPSES:  # the first of them is what blacklisted it
+            if "Failed to send" in prefill.send_to(decode):
+                lost_at.append(time.monotonic())
+            assert not lost_at or time.monotonic() - lost_at[-1] < 10, f"never let in; log:\n{prefill.log_text()}"
+            time.sleep(0.01)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(lost_at)]
+        prefill.wait_for_log("held for", deadline_s=2)
+        assert holds_in(prefill.log_text()) == HOLDS_S
+        for gap, hold_s in zip(gaps[1:], HOLDS_S, strict=False):
+            assert gap >= 0.95 * hold_s, f"a request was lost {gap:.2f} s after the last one, not {hold_s} s"
+
+        prefill.misbehave("batch_transfer_sync_write", "works")
+        served_s = prefill.wait_until_served(decode, deadline_s=5)
+        record_fault("flapping", f"{RELAPSES} relapses", lost=RELAPSES, served_after_s=served_s)
+        assert prefill.ask("recoveries") == RELAPSES + 1
+
+        quiet_until = time.monotonic() + QUIET_S + 0.5
+        while time.monotonic() < quiet_until:
+            assert prefill.send_to(decode) == ""
+            time.sleep(0.05)
+        prefill.ask("fail", [decode.session])
+        prefill.wait_until_served(decode, deadline_s=4)
+        assert prefill.ask("recoveries") == RELAPSES + 2
+        assert holds_in(prefill.log_text()) == HOLDS_S, "held for relapses that a quiet spell had ended"

@@ -1,0 +1,135 @@
+"""Does a registration take a session off the blacklist at once, and do questions asked before it count for nothing?"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from network import Network, why_no_network
+from node import Node
+
+SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
+VERIFY = "SGLANG_FAILED_SESSION_PROBE_VERIFY"
+REFUSED = -102
+RecordFault = Callable[..., None]
+
+
+@contextlib.contextmanager
+def pair(tmp_path: pathlib.Path, network: str | None = None, **environment: str) -> Iterator[tuple[Node, Node]]:
+    """Two nodes that have met. Calls of the prefill node's Mooncake are counted from the start."""
+    with (
+        Node("prefill", tmp_path / "prefill", network, **environment) as prefill,
+        Node("decode", tmp_path / "decode", network) as decode,
+    ):
+        prefill.misbehave("send_probe", "works")
+        prefill.register(decode)
+        assert prefill.send_to(decode) == ""
+        yield prefill, decode
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {deadline_s} s"
+        time.sleep(0.02)
+
+
+def register_and_fail_again(prefill: Node, decode: Node) -> None:
+    """The decode node registers, and the next transfer to it fails at once: a failure that no old answer concerns."""
+    prefill.register(decode)
+    assert prefill.ask("blacklisted") == [], "a registration takes a session off the blacklist at once"
+    prefill.ask("fail", [decode.session])
+    assert prefill.ask("recoveries") == 0, "a registration is no recovery"
+
+
+def assert_stays_out(prefill: Node, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        assert prefill.ask("blacklisted"), "let in on an answer older than the newest failure"
+        time.sleep(0.02)
+    assert prefill.ask("recoveries") == 0
+
+
+def test_a_probe_that_hung_during_a_registration_does_not_answer_for_a_later_failure(
+    tmp_path: pathlib.Path, record_fault: RecordFault
+) -> None:
+    """One answer would be enough here, so an old one that counted would let the session in."""
+    with pair(tmp_path, **{SETTLE: "0", VERIFY: "off"}) as (prefill, decode):
+        with decode.stopped():
+            assert "Failed to send" in prefill.send_to(decode)
+            wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 5, "a probe that hangs")
+            register_and_fail_again(prefill, decode)
+            assert prefill.calls("send_probe", decode.session) == (1, 0), "two probes of one peer at a time"
+            prefill.misbehave("send_probe", "gives", REFUSED)  # the one that hangs is Mooncake's still
+        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] >= 2, 5, "the old answer and a new one")
+        assert_stays_out(prefill, 1.5)
+        prefill.misbehave("send_probe", "works")
+        served_s = prefill.wait_until_served(decode, deadline_s=5)
+        assert prefill.ask("recoveries") == 1
+        record_fault("registration", "during a probe that hangs", lost=0, served_after_s=served_s)
+
+
+def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failure_settles_anew(
+    tmp_path: pathlib.Path, record_fault: RecordFault
+) -> None:
+    with pair(tmp_path, **{SETTLE: "2"}) as (prefill, decode):
+        prefill.ask("fail", [decode.session])
+        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 1, 5, "a first answer")
+        prefill.register(decode)
+        assert prefill.ask("blacklisted") == []
+        time.sleep(2.5)
+        assert prefill.ask("recoveries") == 0, "a registration was counted as a recovery"
+        assert prefill.calls("send_probe", decode.session) == (1, 1), "still asked after it had registered"
+        assert prefill.send_to(decode) == ""
+
+        prefill.ask("fail", [decode.session])
+        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 2, 5, "a first answer")
+        time.sleep(1.5)
+        register_and_fail_again(prefill, decode)
+        served_s = prefill.wait_until_served(decode, deadline_s=6)
+        assert served_s >= 1.9, f"let in after {served_s:.1f} s: it had not settled since the newest failure"
+        assert "held for" not in prefill.log_text()
+        record_fault("registration", "while it settles", lost=0, served_after_s=served_s)
+
+
+@pytest.mark.skipif(bool(why_no_network()), reason=f"no network fault is injected: {why_no_network()}")
+def test_a_verification_that_hung_during_a_registration_does_not_answer_for_a_later_failure(
+    tmp_path: pathlib.Path, record_fault: RecordFault
+) -> None:
+    with Network() as network, pair(tmp_path, network.path, **{SETTLE: "0.1"}) as (prefill, decode):
+        (data,) = set(network.listening_ports(decode.process.pid)) - {int(decode.session.rpartition(":")[2])}
+        with network.closed(data, "DROP"):
+            prefill.ask("fail", [decode.session])
+            wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (1, 0), 5, "a read that hangs")
+            register_and_fail_again(prefill, decode)
+            prefill.misbehave("send_probe", "gives", REFUSED)
+        # Each of the four came back with 0, or there were fewer: the old verification found the memory readable.
+        wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (4, 4), 8, "four good reads")
+        assert_stays_out(prefill, 1.5)
+        prefill.misbehave("send_probe", "works")
+        served_s = prefill.wait_until_served(decode, deadline_s=5)
+        assert prefill.ask("recoveries") == 1
+        record_fault("registration", "during a verification that hangs", lost=0, served_after_s=served_s)
+
+
+def test_a_registration_on_probation_makes_the_next_failure_a_first_one(
+    tmp_path: pathlib.Path, record_fault: RecordFault
+) -> None:
+    with pair(tmp_path, SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S="300") as (prefill, decode):
+        prefill.ask("fail", [decode.session])
+        prefill.wait_until_served(decode, deadline_s=4)
+        prefill.ask("fail", [decode.session])
+        prefill.wait_for_log("held for 1s", deadline_s=2)
+        prefill.wait_until_served(decode, deadline_s=5)
+        assert prefill.ask("recoveries") == 2
+
+        prefill.register(decode)
+        assert prefill.ask("recoveries") == 2, "a registration is no recovery"
+        prefill.ask("fail", [decode.session])
+        served_s = prefill.wait_until_served(decode, deadline_s=4)
+        assert prefill.ask("recoveries") == 3
+        assert prefill.log_text().count("held for") == 1, "held for relapses from before the registration"
+        record_fault("registration", "on probation", lost=0, served_after_s=served_s)
