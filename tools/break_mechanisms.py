@@ -46,8 +46,14 @@ BREAKS = [
     Break(
         "pause after a failed verification",
         SESSIONS,
-        "now + max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * (now - question.asked_at))",
-        "now",
+        "max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * took_s)",
+        "0.0",
+    ),
+    Break(
+        "longer pauses for a peer that was gone",
+        SESSIONS,
+        "if record.was_gone and record.answered_since is not None:",
+        "if False:",
     ),
     Break("slow fail-open", SESSIONS, "elif now >= self._opens_at(record) and (", "elif False and ("),
     Break("verification switched off when reads prove nothing", SESSIONS, "self.verifying = False", "pass"),
@@ -122,12 +128,49 @@ BREAKS = [
         "",
         "test/faults/test_exits.py",
     ),
-    Break("bytes that land late", SESSIONS, "if now < settled_at:", "if False:", "test/faults/test_late_bytes.py"),
+    Break("no lane left half used", PROBE, "if was_gone and time.monotonic() - began < _WAITED_S:", "if False:"),
+    Break(
+        "session_lock is free after a fork",
+        CONN,
+        "os.register_at_fork(after_in_child=self._lock._at_fork_reinit)",
+        "pass",
+        "test/faults/test_processes.py",
+    ),
+    # The most important ones once more, on real engines.
+    Break(
+        "generation check, real engines",
+        SESSIONS,
+        "if record.generation != question.generation:",
+        "if False:",
+        "test/faults/test_registration.py",
+    ),
+    Break(
+        "verification, real engines",
+        SESSIONS,
+        "elif not self.verifying:",
+        "elif True:",
+        "test/faults/test_data_path.py",
+    ),
+    Break(
+        "hold after a relapse, real engines",
+        SESSIONS,
+        "elif now < record.hold_until:",
+        "elif False:",
+        "test/faults/test_flapping.py",
+    ),
+    Break(
+        "bound on stuck probes, real engines",
+        SESSIONS,
+        "or self._stuck >= self._stuck_limit - STUCK_RESERVE",
+        "",
+        "test/faults/test_hung_peers.py",
+    ),
+    Break("settle, real engines", SESSIONS, "if now < settled_at:", "if False:", "test/faults/test_late_bytes.py"),
 ]
 
 
 def red_test(broken: Break) -> str:
-    """The first test that goes red with the mechanism broken; empty if none does."""
+    """The first test that goes red with the mechanism broken, or with none if that is empty; empty if none does."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in COPIED:
@@ -136,11 +179,12 @@ def red_test(broken: Break) -> str:
                 shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy / name)
-        file = copy / broken.file
-        text = file.read_text()
-        if text.count(broken.before) != 1:
-            sys.exit(f"{broken.mechanism}: its text is in {broken.file} {text.count(broken.before)} times, not once")
-        file.write_text(text.replace(broken.before, broken.after))
+        if broken.mechanism:
+            file = copy / broken.file
+            text = file.read_text()
+            if text.count(broken.before) != 1:
+                sys.exit(f"{broken.mechanism}: it is in {broken.file} {text.count(broken.before)} times, not once")
+            file.write_text(text.replace(broken.before, broken.after))
         command = [
             sys.executable,
             "-m",
@@ -165,9 +209,11 @@ def red_test(broken: Break) -> str:
 def main(words: list[str]) -> int:
     """Break what was asked for; 0 if a test went red each time."""
     unseen = 0
-    for broken in BREAKS:
-        if words and not any(word in broken.mechanism for word in words):
-            continue
+    chosen = [broken for broken in BREAKS if not words or any(word in broken.mechanism for word in words)]
+    for tests in dict.fromkeys(broken.tests for broken in chosen):
+        if red := red_test(Break("", "", "", "", tests)):
+            sys.exit(f"{tests} is red with nothing broken: {red}")
+    for broken in chosen:
         red = red_test(broken)
         unseen += not red
         print(f"{broken.mechanism}: {red or 'NO TEST GOES RED'}", flush=True)

@@ -239,6 +239,7 @@ def serve(role: str, handshake_port: int) -> None:
         "count": lambda byte, offset, length: ctypes.string_at(address + offset, length).count(bytes([byte])),
         "read_directly": lambda session, there: manager.engine.engine.transfer_sync_read(session, address, there, 8),
         "set_rule": lambda name, value: setattr(failed_sessions, name, value),
+        "let_hang": lambda probes: setattr(manager.failed_sessions, "_stuck_limit", probes),
         "misbehave": lambda *fault: faulty_engine_of(manager).misbehave(*fault),
         "calls": lambda call: faulty_engine_of(manager).calls(call),
         "exit": sys.exit,

@@ -55,11 +55,14 @@ class Entry(NamedTuple):
 class VirtualProber:
     """Sleeps and wakes as the daemon thread does: until something is due, an answer comes, or it is woken."""
 
-    def __init__(self, *blacklisted: Any, jitter: float = 0.5, **settings: Any) -> None:
+    def __init__(
+        self, *blacklisted: Any, jitter: float = 0.5, stuck_limit: Optional[int] = None, **settings: Any
+    ) -> None:
         self.clock = Clock()
         self.log: list[Entry] = []
         self.removed: list[Any] = []  # what the blacklist itself took off
         self.out: dict[Question, tuple[float, Any]] = {}  # under way: when its answer comes, and which
+        self.registrations: dict[Any, object] = {}
         self._peers: dict[Any, Peer] = {}
         self._woken = False
         self._wakes_at = math.inf
@@ -71,6 +74,8 @@ class VirtualProber:
             jitter=lambda: jitter,
             wake=self._wake,
             on_removed=self.removed.append,
+            registration=self.registrations.get,
+            stuck_limit=stuck_limit,
         )
 
     # What happens to the prefill node.
@@ -100,7 +105,15 @@ class VirtualProber:
     def register(self, session: Any) -> None:
         """The decode side registers its memory again."""
         self._note("registered", session)
+        self.registrations[session] = object()
         self.sessions.discard(session)
+
+    def register_as_up_to_0_5_21(self, session: Any) -> None:
+        """The same on a release that takes a session off the blacklist only if it is on it."""
+        self._note("registered", session)
+        self.registrations[session] = object()
+        if session in self.sessions:
+            self.sessions.remove(session)
 
     def request(self, session: Any) -> bool:
         """A request asks for the session; True if it is refused."""
