@@ -56,6 +56,18 @@ def test_a_decode_node_that_heals_is_used_again_on_time_though_no_more_probes_ma
         assert after_s is not None, prefill.log_text()
         assert requests.lost == 0
         assert after_s < 8, f"a healthy decode node was refused for {after_s:.1f} s because others hang"
+
+
+def test_no_more_threads_hang_than_a_pod_may_have_though_peers_go_on_to_fail(
+    network: Network, pair: tuple[Node, Node]
+) -> None:
+    prefill, _ = pair
+    prefill.ask("let_hang", AS_FEW_AS_ANY_POD)
+    with imposters("silent", 300, network=network.path) as hung:
+        for first in range(0, len(hung), 10):
+            prefill.ask("fail", hung[first : first + 10])
+            time.sleep(0.1)
+        wait_until_as_many_hang(prefill, AS_FEW_AS_ANY_POD - PLACES_KEPT)
         hanging = prefill.ask("threads").count(WORKER)
         assert hanging <= AS_FEW_AS_ANY_POD + CONCURRENCY, f"{hanging} threads hang: the pod has none left"
 
