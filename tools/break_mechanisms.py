@@ -194,7 +194,7 @@ def red_test(broken: Break) -> str:
             "-p",
             "no:cacheprovider",
             "--timeout",
-            "20",
+            "20" if broken.tests == UNIT else "120",
             broken.tests,
         ]
         try:
