@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import enum
 import logging
@@ -353,24 +354,26 @@ def test_no_thread_is_left_once_hung_probes_have_returned_after_teardown(make_ma
     assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before)), "each role switch leaks threads"
 
 
-class SlowSemaphore(threading.Semaphore):
-    """Lets a thread become idle late, as any thread may on a busy machine."""
-
-    def release(self, n: int = 1) -> None:
-        time.sleep(0.02)
-        super().release(n)
-
-
-@pytest.mark.parametrize("semaphore", [threading.Semaphore, SlowSemaphore])
-def test_no_worker_thread_is_left_while_nothing_is_blacklisted(
-    semaphore: type[threading.Semaphore], make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threading, "Semaphore", semaphore)
+def test_no_worker_thread_is_left_while_nothing_is_blacklisted(make_manager: MakeManager) -> None:
     before = threads("MooncakeSessionWorker")
     manager = make_manager(Engine())
     blacklist(manager, *many(10))
     assert wait_until(lambda: not blacklisted(manager))
     assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before), 1.0)
+
+
+def test_threads_of_a_burst_go_though_one_peer_stays_away(make_manager: MakeManager) -> None:
+    engine = Engine(probe=REFUSED)
+    burst = many(100)
+    engine.probe.update(dict.fromkeys(burst, engine.hang))
+    manager = make_manager(engine)
+    blacklist(manager, OTHER, *burst)
+    assert wait_until(lambda: len(threads("MooncakeSessionWorker")) > 50)
+    with manager.session_lock:
+        manager.failed_sessions.difference_update(burst)
+    engine.goes_on.set()
+    assert wait_until(lambda: len(threads("MooncakeSessionWorker")) <= 16), "a pod's threads are gone for one dead peer"
+    assert blacklisted(manager) == {OTHER}
 
 
 def test_teardown_waits_for_a_probe_that_is_about_to_return(make_manager: MakeManager) -> None:
@@ -480,6 +483,16 @@ def test_an_exit_stops_the_probes_first_and_is_not_held_up_by_hung_ones(
     assert match, ended
     assert float(match[1]) < 1.0, "a hung peer holds up the exit"
     assert match[2] == "0", "a probe that returns while the interpreter shuts down aborts the process"
+
+
+def test_an_exit_stops_the_loop_before_it_parks_threads(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[str] = []
+    monkeypatch.setattr(atexit, "register", lambda function: registered.append(function.__name__))
+    session_probe.prepare_for_exit.cache_clear()
+    make_manager(Engine())
+    assert wait_until(lambda: registered[:2] == ["_park_threads_in_engine", "stop"]), registered  # the last runs first
 
 
 # Peers and engines that are not as they should be.
@@ -627,6 +640,60 @@ def test_a_fault_in_what_sglang_calls_is_logged_once_and_sglang_goes_on(
     assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.ERROR]
     with pytest.raises(KVTransferError, match="is not alive"):
         send(manager, D)
+
+
+def test_an_answer_that_cannot_be_taken_in_costs_the_others_nothing_and_is_asked_for_again(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, faults = FailedSessions.answered, iter([MemoryError("none left"), MemoryError("none left")])
+
+    def fails_twice(self: FailedSessions, question: Any, rc: bool) -> None:
+        for fault in faults:
+            raise fault
+        answered(self, question, rc)
+
+    monkeypatch.setattr(FailedSessions, "answered", fails_twice)
+    manager = make_manager(Engine())
+    blacklist(manager, *many(12))
+    assert wait_until(lambda: not blacklisted(manager)), "sessions whose answer was lost are never asked again"
+    assert manager.failed_sessions.in_flight() == 0
+    assert caplog.text.count("MemoryError: none left") == 1
+
+
+def test_a_metric_that_cannot_be_counted_holds_up_nobody_and_is_said_once(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where PROMETHEUS_MULTIPROC_DIR is no directory."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(conn, "FAILED_SESSION_RECOVERIES", types.SimpleNamespace(inc=raises(FileNotFoundError("gone"))))
+    monkeypatch.setattr(conn, "_metric_fault_said", threading.Event())
+    manager = make_manager(Engine())
+    for session in (D, OTHER):
+        blacklist(manager, session)
+        assert wait_until(lambda: not blacklisted(manager)), "nobody recovers because of a metric"
+        assert wait_until(lambda session=session: f"Session {session} recovered via probe" in caplog.text)
+    assert caplog.text.count("cannot be counted, said once") == 1
+    assert "could not start" not in caplog.text
+
+
+def test_sessions_whose_probes_raise_are_said_up_to_a_bound(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failed_sessions, "SAID_LIMIT", 5)
+    engine = Engine(probe=raises(RuntimeError("broken")))
+    blacklist(make_manager(engine), *many(12))
+    assert wait_until(lambda: set(engine.asked) == set(many(12)))
+    assert len([line for line in caplog.messages if "raised RuntimeError" in line]) <= 5
+
+
+@pytest.mark.parametrize(("timeout", "factor"), [(None, 1.0), ("5", 1.0), ("30", 1.0), ("120", 4.0), ("nonsense", 1.0)])
+def test_a_probation_is_longer_where_a_transfer_takes_longer_to_fail(
+    timeout: str | None, factor: float, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MC_TRANSFER_TIMEOUT", raising=False)
+    if timeout is not None:
+        monkeypatch.setenv("MC_TRANSFER_TIMEOUT", timeout)
+    assert make_manager(Engine()).failed_sessions._probation_factor == factor
 
 
 # When nothing is to be started.
@@ -848,8 +915,10 @@ def test_a_manager_that_lacks_what_the_probe_needs_is_left_alone_and_what_it_lac
 def test_a_probe_that_cannot_be_started_is_logged_and_the_node_starts_without_it(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_probe, "mooncake_version", raises(RuntimeError("a fault of our own")))
-    manager = make_manager(Engine())
+    with monkeypatch.context() as fault:
+        fault.setattr(threading.Thread, "start", lambda self: raises(RuntimeError("can't start new thread"))())
+        manager = make_manager(Engine())
     send(manager, D)
     assert "it could not start; SGLang is not affected" in caplog.text
     assert not threads("MooncakeFailedSessionProbe")
+    assert type(manager.failed_sessions) is set, "the blacklist keeps its changes for a thread that is not there"

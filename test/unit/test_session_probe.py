@@ -64,7 +64,15 @@ def test_a_read_that_fails_after_others_succeeded_makes_a_peer_unreadable() -> N
 
 @pytest.mark.parametrize(
     "registration",
-    [None, PeerMemory([], []), PeerMemory([0], [0]), types.SimpleNamespace(), types.SimpleNamespace(dst_aux_ptrs=None)],
+    [
+        None,
+        PeerMemory([], []),
+        PeerMemory([0], [0]),
+        types.SimpleNamespace(),
+        types.SimpleNamespace(dst_aux_ptrs=None),
+        types.SimpleNamespace(dst_aux_ptrs=["of a kind we do not know"]),
+        types.SimpleNamespace(dst_aux_ptrs=7),
+    ],
     ids=repr,
 )
 def test_without_an_address_the_handshake_decides(registration: Any) -> None:

@@ -54,6 +54,8 @@ _LEAST_STUCK_LIMIT = 64
 # With a thousand blacklisted, what falls due within this time is asked in one round; with fewer, in less. Rounds cost.
 _LONGEST_ROUND_S = 0.05
 _ROUND_S_PER_SESSION = 0.00005
+# After a fault of our own.
+_PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
 _LONGEST_WAIT_S = 3600.0
 
@@ -66,9 +68,9 @@ class _ProbeShutdown(threading.Event):
     @classmethod
     def of(cls, event: threading.Event, inbox: queue.SimpleQueue[Any]) -> _ProbeShutdown:
         """Makes the event itself one of these, because somebody may hold it already and set it later."""
+        event._inbox = inbox  # type: ignore[attr-defined]
         event.__class__ = cls
         assert isinstance(event, _ProbeShutdown)
-        event._inbox = inbox
         return event
 
     def set(self) -> None:
@@ -83,7 +85,7 @@ class _FailedSessionProber:
     # Learnt in this process: reading a peer's memory proves nothing on its transport.
     reads_prove_nothing = False
 
-    def __init__(self, manager: Any, settings: FailedSessionProbeSettings) -> None:
+    def __init__(self, manager: Any, settings: FailedSessionProbeSettings, stuck_limit: int) -> None:
         """Takes over what is on the manager's blacklist. The caller holds ``session_lock``."""
         if self.reads_prove_nothing:
             settings = dataclasses.replace(settings, verify=False)
@@ -107,35 +109,39 @@ class _FailedSessionProber:
             wake=functools.partial(self._inbox.put, None),
             on_removed=lambda session: manager.session_failures.pop(session, None),
             registration=lambda session: _registration(manager, session),
-            stuck_limit=_most_stuck_probes(),
+            stuck_limit=stuck_limit,
+            transfer_timeout_s=_transfer_timeout_s(),
         )
 
     def run(self) -> None:
         """The body of the daemon thread; returns when ``shutdown`` is set."""
         self._thread = threading.current_thread()
+        _session_probe.prepare_for_exit()  # before: what is registered last runs first
         atexit.register(self.stop)
         workers = _session_probe.Workers(_WORKER_THREAD)
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():
             try:
                 _, wait_s = self._start_due(workers, self._inbox)
-                if wait_s is None:
-                    workers.release_idle()
-                else:
+                workers.release_idle(keep=0 if wait_s is None else self._settings.concurrency)
+                if wait_s is not None:
                     wait_s = max(wait_s, min(_LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
                 self._hand_over(self._inbox, wait_s)
-            except Exception:
-                if not self._fault_said:
-                    self._fault_said = True
-                    _probe_logger.exception(
-                        "Failed-session probe: a fault of its own, said once; SGLang is not affected"
-                    )
-                self.shutdown.wait(min(self._settings.interval_s, _LONGEST_WAIT_S))
+            except Exception as fault:
+                self._say_fault(fault)
+                self.shutdown.wait(_PAUSE_AFTER_FAULT_S)
         deadline = time.monotonic() + _STOP_GRACE_S
         while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
             self._hand_over(self._inbox, left_s)
         workers.close()
         atexit.unregister(self.stop)
+
+    def _say_fault(self, fault: Exception) -> None:
+        if not self._fault_said:
+            self._fault_said = True
+            _probe_logger.error(
+                "Failed-session probe: a fault of its own, said once; SGLang is not affected", exc_info=fault
+            )
 
     def stop(self) -> None:
         """Starts no more probes and waits for those about to return, 0.5 s at most. Any thread, no lock held."""
@@ -181,18 +187,29 @@ class _FailedSessionProber:
         """Waits for answers, ``wait_s`` at most, and gives them to the blacklist. Gives how many there were."""
         received = _received(answers, wait_s)
         for question, _, error in received:
-            if error is not None and question.session not in self._raising:
+            if (
+                error is not None
+                and question.session not in self._raising
+                and len(self._raising) < _blacklist.SAID_LIMIT
+            ):
                 self._raising.add(question.session)
                 _probe_logger.warning(
                     "Probing session %s raised %r (said once); it is asked again", question.session, error
                 )
+        fault = None
         with self._lock:
             for question, result, error in received:
-                if question.verify:
-                    verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result
-                    self.sessions.verified(question, verdict, why)
-                else:
-                    self.sessions.answered(question, error is None and result == 0)
+                try:
+                    if question.verify:
+                        verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result
+                        self.sessions.verified(question, verdict, why)
+                    else:
+                        self.sessions.answered(question, error is None and result == 0)
+                except Exception as raised:  # the other answers count all the same
+                    fault = raised
+                    self.sessions.lost(question)
+        if fault is not None:
+            self._say_fault(fault)
         self._report()
         return len(received)
 
@@ -206,7 +223,7 @@ class _FailedSessionProber:
             if event in (_blacklist.Event.RECOVERED, _blacklist.Event.DROPPED):
                 self._raising.discard(session)
             if event is _blacklist.Event.RECOVERED:
-                _count_recovery(session)
+                _tell_recovery(session)
             if event is _blacklist.Event.VERIFICATION_OFF:
                 type(self).reads_prove_nothing = True
             _log(event, session, details)
@@ -267,9 +284,33 @@ def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> list[
     return [line for line in lines if line is not None]
 
 
-def _count_recovery(session: str) -> None:
-    FAILED_SESSION_RECOVERIES.inc()
+def _transfer_timeout_s() -> float:
+    """How long Mooncake lets a transfer take; its default where the variable is not a number, as Mooncake does."""
+    try:
+        return float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
+    except ValueError:
+        return _blacklist.TRANSFER_TIMEOUT_S
+
+
+def _tell_recovery(session: str) -> None:
     _probe_logger.info("Session %s recovered via probe; un-blacklisted", session)
+    _count_recoveries(1)
+
+
+_metric_fault_said = threading.Event()
+
+
+def _count_recoveries(number: int) -> None:
+    """Counts, or says once why it cannot: a metric that fails (a missing PROMETHEUS_MULTIPROC_DIR) stops no probe."""
+    try:
+        FAILED_SESSION_RECOVERIES.inc(number)
+    except Exception:
+        if not _metric_fault_said.is_set():
+            _metric_fault_said.set()
+            _probe_logger.exception(
+                "Failed-session probe: sglang:failed_session_recoveries_total cannot be counted, said once; sessions "
+                "recover all the same"
+            )
 
 
 class _FailureCount(int):
@@ -304,7 +345,7 @@ def _run_bare_pass(manager: Any) -> None:
                     manager.failed_sessions.discard(session)
                     failures.pop(session, None)
             if back:
-                _count_recovery(session)
+                _tell_recovery(session)
     workers.close()
 
 
@@ -330,10 +371,11 @@ def _run_one_probe_pass(self: Any) -> None:
 
 def _prober_of(manager: Any) -> _FailedSessionProber:
     """The manager's prober. The first call swaps the blacklist, whatever SGLang's threads do meanwhile."""
+    stuck_limit = _most_stuck_probes()
     with manager.session_lock:
         prober = getattr(manager, "_failed_session_prober", None)
         if prober is None:
-            prober = _FailedSessionProber(manager, FailedSessionProbeSettings.from_environment())
+            prober = _FailedSessionProber(manager, FailedSessionProbeSettings.from_environment(), stuck_limit)
             manager.failed_sessions = prober.sessions
             manager._failed_session_prober = prober
             manager._failed_session_probe_shutdown = prober.shutdown
@@ -343,8 +385,8 @@ def _prober_of(manager: Any) -> _FailedSessionProber:
 def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettings, sglang_version: str) -> None:
     """Starts the daemon thread of a prefill manager, unless a native one was started, which runs our loop too."""
     native = hasattr(manager, "_failed_session_probe_shutdown")
-    _prober_of(manager)
     mooncake = _session_probe.mooncake_version()
+    _prober_of(manager)
     _probe_logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
     if not _session_probe.can_probe(manager.engine):
         _probe_logger.warning(
@@ -355,9 +397,19 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
         )
     if not native:
         thread = threading.Thread(target=manager._failed_session_probe_loop, name=_PROBE_THREAD, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except Exception:
+            _give_blacklist_back(manager)
+            raise
         getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
-    FAILED_SESSION_RECOVERIES.inc(0)  # can be scraped from now on
+    _count_recoveries(0)  # can be scraped from now on
+
+
+def _give_blacklist_back(manager: Any) -> None:
+    """Makes the blacklist a plain set again: one that hears its changes would keep them for nobody."""
+    with manager.session_lock:
+        manager.failed_sessions = set(manager.failed_sessions)
 
 
 def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch]) -> Callable[..., None]:

@@ -45,8 +45,10 @@ STUCK_AFTER_AMONG_MANY_S = 0.1
 # fresh failures.
 STUCK_LIMIT = 1024
 STUCK_RESERVE = 16
-# A transfer may take 30 s to fail (Mooncake's default), so twice that without a failure is a quiet spell.
+# A transfer may take 30 s to fail (Mooncake's default), so twice that without a failure is a quiet spell; longer where
+# a transfer may take longer.
 PROBATION_S = 60.0
+TRANSFER_TIMEOUT_S = 30.0
 FIRST_HOLD_S = 1.0
 # After a failed read Mooncake keeps the peer in a cooldown of 1.0 s, in which a read spins a core: stay out of it.
 MIN_VERIFY_PAUSE_S = 1.1
@@ -54,10 +56,14 @@ VERIFY_PAUSE_FACTOR = 10.0
 # A peer whose process was gone can be read only after it has registered, and each failed look at it leaves Mooncake's
 # lanes to it in a cooldown, so the pause grows with the time since it came back.
 VERIFY_SHARE_OF_TIME_BACK = 0.5
-# One verification at a time; one that is stuck (packets dropped: 30 s) lets one other go beside it.
-VERIFICATION_LIMIT = 2
+# One verification at a time (a live peer's takes 3 ms), but one that is slow (a lane in its cooldown: 1 s, packets
+# dropped: 30 s) lets another go beside it. A slow read spins a core, so they are few.
+SLOW_VERIFICATION_S = 0.05
+VERIFICATION_LIMIT = 4
 # Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
+# A session that is on no blacklist any more is kept this long at most for the look whether anybody asks for it.
+LONGEST_END_CHECK_S = 600.0
 # Malformed session ids that are said, once each: what comes in from outside must not grow without a bound.
 SAID_LIMIT = 1000
 
@@ -122,6 +128,7 @@ class _Session:
         "registration",  # on probation: what the peer had registered when it was let in
         "relapses",
         "requested_at",
+        "still_unreadable",  # on probation: when it had lasted once, its memory could not be read
         "unreadable",  # why its memory could not be read, None if that was not found
         "used_at",  # on probation: when a request first used it, or None
         "uses",
@@ -153,6 +160,7 @@ class _Session:
 
     def begin_probation(self, registration: object) -> None:
         self.blacklisted = False
+        self.still_unreadable = False
         self.registration = registration
         self.due_at = _NEVER
         self.used_at: Optional[float] = None
@@ -166,7 +174,7 @@ class FailedSessions(set[Any]):
     ``session_lock`` held. Nothing here blocks. ``wake()`` is called when something fell due, ``on_removed(session)``
     when this class itself takes a session off the blacklist, and ``registration(session)`` gives the object that holds
     what its peer has registered, another one after each registration. ``sessions`` are on the blacklist from the
-    start; at most ``stuck_limit`` probes (64 at least) hang at a time.
+    start; at most ``stuck_limit`` probes (64 at least) hang at a time. A transfer fails within ``transfer_timeout_s``.
     """
 
     __slots__ = ("__dict__", "_tracked")  # a slot is found sooner than an entry of __dict__
@@ -181,6 +189,7 @@ class FailedSessions(set[Any]):
         on_removed: Callable[[Any], object] = lambda session: None,
         registration: Callable[[Any], object] = lambda session: None,
         stuck_limit: Optional[int] = None,
+        transfer_timeout_s: float = TRANSFER_TIMEOUT_S,
     ) -> None:
         super().__init__()
         self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
@@ -192,6 +201,7 @@ class FailedSessions(set[Any]):
         self._on_removed = on_removed
         self._registration = registration
         self._stuck_limit = stuck_limit or STUCK_LIMIT
+        self._probation_factor = max(1.0, transfer_timeout_s / TRANSFER_TIMEOUT_S)
         self._unproven_limit = settings.concurrency - settings.concurrency // 4
         self._tracked: dict[Any, _Session] = {}
         self._generations = itertools.count(1)
@@ -261,8 +271,9 @@ class FailedSessions(set[Any]):
 
     def symmetric_difference_update(self, other: Iterable[Hashable]) -> None:
         """Discards the sessions that are in the other, and adds those that were only there."""
-        both, only_there = set(self).intersection(other), set(other).difference(set(self))
-        self.difference_update(both)
+        other = set(other)
+        only_there = other - set(self)
+        self.difference_update(other)
         self.update(only_there)
 
     def __ior__(self, other: Any) -> FailedSessions:
@@ -341,8 +352,8 @@ class FailedSessions(set[Any]):
         if self._allowance < 1.0 and (self._prompt or self._unproven or self._to_verify):
             moments.append(self._allowance_at + (PROBES_AT_A_TIME - self._allowance) / self._probes_per_s())
         if self._to_verify:
-            stuck = (question.asked_at + STUCK_AFTER_S for question in self._verifications)
-            moments += [moment for moment in stuck if moment > now]
+            slow = (question.asked_at + SLOW_VERIFICATION_S for question in self._verifications)
+            moments += [moment for moment in slow if moment > now]
         return max(0.0, min(moments) - now) if moments else None
 
     def answered(self, question: Question, answered: bool) -> None:
@@ -367,7 +378,7 @@ class FailedSessions(set[Any]):
         if record is None:
             return
         if not record.blacklisted:
-            self._end_probation(record, reads_prove_nothing=verdict is Verdict.UNREADABLE)
+            self._end_or_repeat_probation(record, now, verdict)
         elif verdict is Verdict.UNANSWERED:
             self._not_heard_from(record, now)
         elif verdict is Verdict.UNREADABLE:
@@ -376,6 +387,15 @@ class FailedSessions(set[Any]):
             self._schedule_next_probe(record, now)
         else:
             self._let_in(record, now, unverified=None)
+
+    def lost(self, question: Question) -> None:
+        """The answer of a question could not be taken in: its session is asked again."""
+        now = self._clock()
+        if self._asked.get(question.session) is question:
+            self._free_place(question)
+        record = self._tracked.get(question.session)
+        if record is not None:
+            self._schedule_at(record, now + MIN_GAP_S)
 
     def in_flight(self) -> int:
         """Probes and verifications under way, stuck ones included."""
@@ -410,7 +430,7 @@ class FailedSessions(set[Any]):
             self._tell(Event.BLACKLISTED, session)
             self._tell(Event.HELD, session, hold_s=hold_s)
         record.begin_generation(now, next(self._generations))
-        self._check_end(record)
+        self._check_end(record, now)
         if is_session_id(session):
             self._schedule_at(record, now)
         elif session not in self._malformed_said and len(self._malformed_said) < SAID_LIMIT:
@@ -450,7 +470,7 @@ class FailedSessions(set[Any]):
             record.answered_since = now
         settled_at = record.answered_since + self._settings.settle_s
         if now < settled_at:
-            self._schedule_at(record, settled_at)
+            self._schedule_at(record, min(settled_at, now + self._settings.interval_s))
         elif now < record.hold_until:
             self._schedule_next_probe(record, now)
         elif not self.verifying:
@@ -494,16 +514,22 @@ class FailedSessions(set[Any]):
     def _probation_ends(self, record: _Session) -> None:
         # Once is no proof: a registration looks it up too (to 0.5.21), and the request that ends it has sent nothing.
         if record.uses < 2 or not (record.unreadable and self.verifying):
-            self._end_probation(record, reads_prove_nothing=False)
+            self._forget(record.id)
         elif record not in self._to_verify:  # in use and healthy: can its memory still not be read?
             self._to_verify[record] = None
             self._wake()
 
-    def _end_probation(self, record: _Session, reads_prove_nothing: bool) -> None:
-        self._forget(record.id)
-        if reads_prove_nothing:
+    def _end_or_repeat_probation(self, record: _Session, now: float, verdict: Verdict) -> None:
+        """Twice healthy and unreadable is a proof that reads prove nothing; once may be a blip of the data path."""
+        if verdict is Verdict.UNREADABLE and self.verifying:
+            if not record.still_unreadable:
+                record.still_unreadable = True
+                record.used_at, record.uses = now, 0
+                self._check_end(record, now)
+                return
             self.verifying = False
             self._tell(Event.VERIFICATION_OFF, record.id)
+        self._forget(record.id)
 
     # The schedule.
 
@@ -541,15 +567,16 @@ class FailedSessions(set[Any]):
         self._to_verify[record] = None  # where it is, if it is in line already
         self._schedule_at(record, now + self._settings.interval_s)  # asked meanwhile, if the line is long
 
-    def _check_end(self, record: _Session) -> None:
+    def _check_end(self, record: _Session, now: float) -> None:
         if not record.has_end_check:
             record.has_end_check = True
-            heapq.heappush(self._end_checks, (self._ends_at(record), next(self._ties), record))
+            at = min(self._ends_at(record), now + LONGEST_END_CHECK_S)
+            heapq.heappush(self._end_checks, (at, next(self._ties), record))
 
     def _ends_at(self, record: _Session) -> float:
         """When it is forgotten if nothing happens: PROBATION_S after its first use, or when nobody asks for it."""
         if not record.blacklisted and record.used_at is not None:
-            return record.used_at + PROBATION_S
+            return record.used_at + PROBATION_S * self._probation_factor
         return record.requested_at + self._settings.idle_timeout_s
 
     def _end_idle_and_quiet(self, now: float) -> None:
@@ -561,7 +588,7 @@ class FailedSessions(set[Any]):
             if self._tracked.get(record.id) is not record:
                 continue
             if now < self._ends_at(record):
-                self._check_end(record)
+                self._check_end(record, now)
             elif record.blacklisted:
                 self._drop(record, now)
             else:
@@ -591,7 +618,7 @@ class FailedSessions(set[Any]):
 
     def _next_to_verify(self, now: float) -> Optional[_Session]:
         if len(self._verifications) >= VERIFICATION_LIMIT or any(
-            now < question.asked_at + STUCK_AFTER_S for question in self._verifications
+            now < question.asked_at + SLOW_VERIFICATION_S for question in self._verifications
         ):
             return None
         while self._to_verify:

@@ -30,7 +30,7 @@ READ_BYTES = 8
 _WAITED_S = 0.25
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
 # At an exit: how long it may take to find the threads that hang in the engine, and how many looks show that one spins.
-_PARK_WITHIN_S = 0.4
+_PARK_WITHIN_S = 0.3
 _SPINNING = 8
 _FUTEX = ("202", "98")  # its number on x86-64 and on ARM
 
@@ -116,11 +116,12 @@ class MemoryReader:
         return Verdict.READABLE, ""
 
     def _address_of(self, session: str) -> Optional[int]:
-        registration = self._registration(session)
-        for name in ("dst_aux_ptrs", "dst_kv_ptrs"):
-            addresses = getattr(registration, name, None)
-            if addresses is not None and len(addresses) and int(addresses[0]) > 0:
-                return int(addresses[0])
+        with contextlib.suppress(Exception):  # addresses of a kind that we do not know
+            registration = self._registration(session)
+            for name in ("dst_aux_ptrs", "dst_kv_ptrs"):
+                addresses = getattr(registration, name, None)
+                if addresses is not None and len(addresses) and int(addresses[0]) > 0:
+                    return int(addresses[0])
         return None
 
     def _scratch_address(self) -> Optional[int]:
@@ -130,10 +131,10 @@ class MemoryReader:
             return self._scratch or None
 
     def _register_page(self) -> int:
-        page = mmap.mmap(-1, mmap.PAGESIZE)
-        _kept_pages.append(page)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
         try:
+            page = mmap.mmap(-1, mmap.PAGESIZE)
+            _kept_pages.append(page)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(page))
             return address if mooncake_engine(self._engine).register_memory(address, mmap.PAGESIZE) == 0 else 0
         except Exception:
             return 0  # an engine that takes no memory of this kind: the answered handshake decides
@@ -173,17 +174,18 @@ class Workers:
     """Daemon threads that run jobs side by side: a new one whenever none is idle. Start jobs from one thread only."""
 
     def __init__(self, name: str) -> None:
-        _prepare_for_exit()
+        prepare_for_exit()
         self._name = name
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
+        self._idle = 0
+        self._idle_lock = threading.Lock()
         self._closed = False
 
     def start(self, job: Callable[[Any], Any], subject: Any, results: queue.SimpleQueue[Any]) -> None:
         """Runs ``job(subject)`` on a thread of its own and puts (subject, result, None) or (subject, None, what was
         raised) into ``results``. Returns at once.
         """
-        if not self._idle.acquire(blocking=False):
+        if not self._take_idle(1):
             try:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
             except Exception as error:  # the process has no thread or no memory left
@@ -191,10 +193,17 @@ class Workers:
                 return
         self._jobs.put((job, subject, results))
 
-    def release_idle(self) -> None:
-        """Ends the threads that have nothing to do."""
-        while self._idle.acquire(blocking=False):
+    def release_idle(self, keep: int = 0) -> None:
+        """Ends the threads that have nothing to do, but for so many."""
+        for _ in range(self._take_idle(self._idle - keep)):
             self._jobs.put(None)
+
+    def _take_idle(self, number: int) -> int:
+        """Counts on so many idle threads, or on as many as there are; gives how many."""
+        with self._idle_lock:
+            taken = max(0, min(number, self._idle))
+            self._idle -= taken
+            return taken
 
     def close(self) -> None:
         """Ends every thread as soon as it has nothing to do. Start no job after this."""
@@ -213,7 +222,8 @@ class Workers:
             except BaseException as error:  # whatever an engine raises, the next session goes on
                 outcome = (subject, None, error)
             _in_engine.discard(threading.get_native_id())
-            self._idle.release()  # first: who hears the result may count on this thread
+            with self._idle_lock:
+                self._idle += 1  # first: who hears the result may count on this thread
             results.put(outcome)
             del work, job, subject, results, outcome
         if self._closed:
@@ -230,14 +240,14 @@ _exiting = threading.Event()
 
 
 @functools.cache
-def _prepare_for_exit() -> None:
+def prepare_for_exit() -> None:
     """Has threads that hang in the engine parked at the interpreter's exit, after all that is registered later."""
     atexit.register(_park_threads_in_engine)
     os.register_at_fork(after_in_child=_in_engine.clear)  # the threads are not in the child
 
 
 def _park_threads_in_engine() -> None:
-    """Runs at the interpreter's exit, in the main thread; takes some milliseconds, 0.4 s if threads come back late."""
+    """Runs at the interpreter's exit, in the main thread; takes some milliseconds, 0.3 s if threads come back late."""
     _exiting.set()
     libc = ctypes.CDLL(None)
     number = _unused_signal(libc)
