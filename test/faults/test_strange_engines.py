@@ -126,11 +126,11 @@ def test_reads_that_raise_or_give_nonsense_let_in_after_interval_and_the_log_say
     assert "Traceback" not in prefill.log_text()
 
 
-@pytest.mark.parametrize("hanging", [1, 2])
+@pytest.mark.parametrize("hanging", [1, 4])
 def test_reads_that_never_return_hold_up_others_for_the_interval_at_most(
     hanging: int, nodes: tuple[Node, Node], record_fault: RecordFault
 ) -> None:
-    """One verification at a time, and one beside it if that is stuck; past two, INTERVAL decides."""
+    """A slow verification lets others go beside it, up to four; past that, INTERVAL decides."""
     prefill, decode = nodes
     strange = strange_sessions(prefill, decode, "transfer_sync_read", [("hangs", None)] * hanging)
     for session in strange:
@@ -139,9 +139,12 @@ def test_reads_that_never_return_hold_up_others_for_the_interval_at_most(
     prefill.ask("fail", [decode.session])
     served_s = prefill.wait_until_served(decode, deadline_s=INTERVAL_S + 4)
     record_fault("reads that never return", f"{hanging} of them", lost=0, served_after_s=served_s)
-    unverified = f"{decode.session} was let in on probation without proof" in prefill.log_text()
-    assert unverified == (hanging == 2)
-    assert "other verifications took all the time" in prefill.log_text() or not unverified
+    if hanging == 4:
+        prefill.wait_for_log(f"{decode.session} was let in on probation without proof", deadline_s=2)
+        assert "other verifications took all the time" in prefill.log_text()
+    else:
+        prefill.wait_for_log(f"Session {decode.session} recovered", deadline_s=2)
+        assert "without proof" not in prefill.log_text()
     assert prefill.ask("blacklisted") == sorted(strange)
 
 

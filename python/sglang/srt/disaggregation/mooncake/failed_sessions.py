@@ -25,9 +25,11 @@ from typing import Any, Optional
 
 from sglang.srt.environ import FailedSessionProbeSettings
 
-# A refused probe costs 0.04 ms of CPU, so four a second are nothing; past 2.5 s the gap is a tenth of the outage.
+# A refused probe costs 0.04 ms of CPU, so four a second are nothing; past 2.5 s the gap is a tenth of the outage. At
+# most 0.8 s: with half of that and the settle time a request goes through 1.4 s after the heal, in the median.
 MIN_GAP_S = 0.25
 GAP_SHARE_OF_OUTAGE = 0.1
+MAX_GAP_S = 0.8
 GAP_JITTER = 0.1
 # A probe costs 0.1 ms of CPU with all that is around it: 350 a second are 4 % of a core, and as many for each peer when
 # a thousand prefill ranks lose a thousand decode ranks. A rack of 64 is asked at once, and after that 16 at a time.
@@ -538,7 +540,7 @@ class FailedSessions(set[Any]):
         heapq.heappush(self._schedule, (at, next(self._ties), record))
 
     def _schedule_next_probe(self, record: _Session, now: float) -> None:
-        gap_s = max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at))
+        gap_s = min(max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at)), MAX_GAP_S)
         gap_s *= 1.0 + GAP_JITTER * (2.0 * self._jitter() - 1.0)
         at = now + max(LEAST_GAP_S, min(gap_s, self._settings.interval_s))
         if record.answered_since is not None:  # no later than the next moment at which an answer could let it in
