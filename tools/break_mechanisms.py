@@ -103,7 +103,12 @@ BREAKS = [
         "if is_session_id(session):\n            self._schedule_at",
         "if True:\n            self._schedule_at",
     ),
-    Break("no more than a batch under the lock", SESSIONS, "min(BATCH, int(self._allowance))", "int(self._allowance)"),
+    Break(
+        "a bounded number of sessions under the lock",
+        SESSIONS,
+        "        for _ in range(BATCH):\n            if not self._schedule or",
+        "        for _ in range(10**9):\n            if not self._schedule or",
+    ),
     Break(
         "no engine call under the lock",
         CONN,

@@ -97,6 +97,7 @@ class Known:
     hold_until: float = 0.0
     no_read_before: float = 0.0
     used_at: Optional[float] = None
+    still_unreadable: bool = False  # and that had the same outcome: a second quiet spell is to tell
     to_be_read_again: bool = False  # let in unverified: read once more before it is forgotten
 
     def quiet_since(self, now: float) -> bool:
@@ -193,7 +194,10 @@ class Onlooker:
         if known is None or question not in known.fresh:
             return
         if not known.blacklisted:
-            del self.known[entry.session]  # its quiet spell is over, and this was the last look at it
+            if answer is Verdict.UNREADABLE and self.verifying and not known.still_unreadable:
+                known.still_unreadable, known.used_at = True, entry.at
+            else:
+                del self.known[entry.session]  # its quiet spell is over, and this was the last look at it
             return
         known.last_answer = answer
         if answer not in ANSWERED:
@@ -216,7 +220,7 @@ class Onlooker:
         else:
             proofs = [Verdict.READABLE, Verdict.CANNOT_TELL] + [True] * (not self.verifying)
             assert known.last_answer in proofs, f"{entry.session} was let in after {known.last_answer}"
-        known.blacklisted, known.used_at = False, None
+        known.blacklisted, known.used_at, known.still_unreadable = False, None, False
         known.to_be_read_again = entry.detail["unverified"] is not None
         self.recovered += 1
 

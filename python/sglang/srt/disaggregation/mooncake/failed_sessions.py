@@ -321,7 +321,7 @@ class FailedSessions(set[Any]):
     # What the daemon thread calls.
 
     def take_due(self, due_by: float = _NEVER) -> list[Question]:
-        """What to ask now, BATCH at most. Each question must come back in ``answered`` or ``verified``.
+        """What to ask now, PROBES_AT_ONCE at most. Each question must come back in ``answered`` or ``verified``.
 
         What falls due later than ``due_by`` (by the clock) is left alone.
         """
@@ -331,7 +331,7 @@ class FailedSessions(set[Any]):
         self._line_up_due(min(now, due_by))
         self._renew_allowance(now)
         questions: list[Question] = []
-        while len(questions) < min(BATCH, int(self._allowance)):
+        while len(questions) < int(self._allowance):
             record = self._next_to_verify(now)
             verify = record is not None
             record = record or self._next_to_probe(now)
