@@ -27,6 +27,7 @@ BATCH = 100
 IDLE_TIMEOUT_S = 5
 # Mooncake keeps some 100 bytes for every peer it was ever asked about, so the same peers come again and again.
 CLOSED = [f"127.0.{third}.{last}:1" for third in range(4) for last in range(1, 251)]
+CONNECTIONS = 8  # Mooncake keeps one to four to each of the two live nodes, more once two reads went side by side
 HOSTS_OF_LIVE = ["127.0.0.2", "127.0.0.3", "127.0.1.2", "127.0.1.3"]
 # A process takes some 6000 probes to reach its size, and then changes by some 100 KiB, once or twice by 700. The bar
 # for 50,000 probes is 5.8 MiB, and a leak of 200 bytes a probe is 9.5 MiB.
@@ -47,8 +48,9 @@ def test_descriptors_threads_and_memory_stay_level_however_many_probes_are_sent(
     sent = after["probes"] - before["probes"]
     print(f"\n{sent} probes: {before} -> {after}, memory {grown / sent:+.0f} bytes a probe")
     assert sent >= PROBES
-    assert after["descriptors"] <= before["descriptors"], f"{sent} probes left file descriptors open: {before} {after}"
-    assert after["threads"] <= before["threads"], f"{sent} probes left threads behind: {before} {after}"
+    levels = f"{sent} probes: {before} -> {after}"
+    assert after["descriptors"] <= before["descriptors"] + CONNECTIONS, f"file descriptors are left open, {levels}"
+    assert after["threads"] <= before["threads"], f"threads are left behind, {levels}"
     assert grown <= NOISE_BYTES + BYTES_PER_PROBE * sent, f"{grown / sent:.0f} bytes leak with each probe"
 
 
