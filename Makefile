@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults mechanisms wheel network-tools
+.PHONY: test test-fast faults mechanisms bench wheel network-tools
 
 # Everything: without SGLang, on two managers of three stock releases, on real servers. About 15 minutes, the
 # first time plus the downloads.
@@ -32,6 +32,12 @@ faults: network-tools
 # Breaks each mechanism in a copy of the tree and says which test sees it. About half an hour.
 mechanisms:
 	$(ENGINES) tools/break_mechanisms.py
+
+# What it is worth, beside what it replaces: tables, bench/results/*.json and docs/plots/*.png. Under half an hour, the
+# first time plus the downloads. CASE=lag, lost, hot-path, watching or fleet: that alone; CASE=--quick: a rehearsal.
+CASE ?=
+bench: network-tools
+	$$($(PYTHON) tools/environment.py bench) -m bench $(CASE)
 
 wheel:
 	$(ENGINES) -m build --wheel --no-isolation .

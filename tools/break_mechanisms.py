@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("python", "test", "tools", "pyproject.toml")
+# The rules of the bench are no test of a mechanism, and the bench is not copied.
+NOT_COPIED = ("__pycache__", "test_bench_rules.py")
 FOLDER = "python/sglang/srt/disaggregation/mooncake"
 SESSIONS, PROBE, CONN = (f"{FOLDER}/{name}.py" for name in ("failed_sessions", "session_probe", "conn"))
 UNIT = "test/unit"
@@ -181,7 +183,7 @@ def red_test(broken: Break) -> str:
         for name in COPIED:
             source = CHECKOUT / name
             if source.is_dir():
-                shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
             else:
                 shutil.copy(source, copy / name)
         if broken.mechanism:

@@ -3,7 +3,8 @@
     python3 tools/environment.py NAME     makes or reuses NAME; the last line on stdout is the path of its python
 
 NAME is `engines` (Mooncake without SGLang) or `sglang-RELEASE` (what real servers of that release need, on a CPU),
-and either with `+VERSION` for another version of Mooncake, e.g. engines+0.3.10.post2.
+and either with `+VERSION` for another version of Mooncake, e.g. engines+0.3.10.post2; or `bench` (engines, and what
+draws plots).
 Standard library only: this runs before anything is installed.
 """
 
@@ -29,10 +30,12 @@ import venv
 from collections.abc import Iterator
 
 HERE = pathlib.Path(__file__).resolve().parent
+BENCH_REQUIREMENTS = HERE / "requirements" / "bench.txt"
 VENVS = pathlib.Path(os.environ.get("FAILED_SESSION_PROBE_VENVS") or HERE.parent / ".venvs").absolute()
 SHARED_RELEASE = "0.5.23"
 MOONCAKE = "mooncake-transfer-engine-non-cuda"
 MOONCAKE_VERSION = "0.3.13.post1"
+BENCH = "bench"
 STAMP = "recipe.sha256"
 DEADLINE_S = 1800.0
 
@@ -116,7 +119,7 @@ def _folder(name: str) -> pathlib.Path:
     then removes it to install another version: sglang-0.5.2 must not stand in front of sglang-0.5.23 by that name.
     """
     release, mooncake = _parts(name)
-    is_in_front = mooncake or release not in (None, SHARED_RELEASE)
+    is_in_front = name == BENCH or mooncake or release not in (None, SHARED_RELEASE)
     return VENVS / (f"{name}.front" if is_in_front else name)
 
 
@@ -127,10 +130,14 @@ def _is_finished(folder: pathlib.Path, recipe: str) -> bool:
 
 def _parts(name: str) -> tuple[str | None, str | None]:
     """The release of SGLang and the version of Mooncake that an environment's name asks for; None for the usual one."""
+    if name == BENCH:
+        return None, None
     version = r"\d+(?:\.\d+)+(?:\.?(?:post|rc)\d+)?"
     match = re.fullmatch(rf"(?:engines|sglang-({version}))(?:\+({version}))?", name)
     if not match:
-        raise CannotMake(f"there is no environment {name!r}: say engines, sglang-RELEASE or one of them with +MOONCAKE")
+        raise CannotMake(
+            f"there is no environment {name!r}: say engines, sglang-RELEASE, one of them with +MOONCAKE, or bench"
+        )
     return match.group(1), match.group(2)
 
 
@@ -141,13 +148,18 @@ def _requirements(release: str | None) -> pathlib.Path:
 def _recipe(name: str) -> str:
     """What the environment consists of, as one hash: its requirements and the python that it is made for."""
     release, _ = _parts(name)
-    made_for = (name, MOONCAKE_VERSION, SHARED_RELEASE, platform.python_version(), sys.base_prefix)
+    made_for = [name, MOONCAKE_VERSION, SHARED_RELEASE, platform.python_version(), sys.base_prefix]
+    if name == BENCH:
+        made_for.append(BENCH_REQUIREMENTS.read_text())
     return hashlib.sha256("\n".join((*made_for, _requirements(release).read_text())).encode()).hexdigest()
 
 
 def _make(name: str, folder: pathlib.Path) -> None:
     release, mooncake = _parts(name)
-    if mooncake:
+    if name == BENCH:
+        say(_size(BENCH_REQUIREMENTS))
+        _pip_install(_new_in_front(_made("engines"), folder), "-r", str(BENCH_REQUIREMENTS))
+    elif mooncake:
         path = _new_in_front(_made(name.removesuffix(f"+{mooncake}")), folder)
         say("download: 50 MB")
         _pip_install(path, "--no-deps", f"{MOONCAKE}=={mooncake}")
@@ -160,9 +172,14 @@ def _make(name: str, folder: pathlib.Path) -> None:
         _pip_install(path, *_companions(folder))
 
 
+def _size(requirements: pathlib.Path) -> str:
+    """What the first line of the file says of the size of its packages."""
+    return requirements.read_text().splitlines()[0].removeprefix("# ")
+
+
 def _make_from_requirements(release: str | None, folder: pathlib.Path) -> None:
     requirements = _requirements(release)
-    say(requirements.read_text().splitlines()[0].removeprefix("# "))
+    say(_size(requirements))
     path = _new_venv(folder)
     _pip_install(path, "pip", pip=_bundled_pip())
     _pip_install(path, "--no-deps", f"{MOONCAKE}=={MOONCAKE_VERSION}")
