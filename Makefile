@@ -21,12 +21,12 @@ test-fast: network-tools
 # Every fault in full size, and the table of docs/faults.md: 200 exits, 50,000 probes, a minute of many threads.
 # RUNS=5 injects each of them five times.
 RUNS ?= 1
-IN_FULL = test/faults/test_exits.py test/faults/test_threads.py test/faults/test_leaks.py
+ALONE = test/faults/test_threads.py test/faults/test_leaks.py
 faults: network-tools
 	rm -f .faults.jsonl
-	for run in $$(seq $(RUNS)); do FAULT_REPORT=$(CURDIR)/.faults.jsonl \
-	  $(ENGINES) -m pytest -n 6 $(IN_FULL:%=--ignore %) test/faults || exit 1; done
-	FAULTS_EXITS=200 FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(IN_FULL)
+	for run in $$(seq $(RUNS)); do FAULTS_EXITS=200 FAULT_REPORT=$(CURDIR)/.faults.jsonl \
+	  $(ENGINES) -m pytest -n 6 $(ALONE:%=--ignore %) test/faults || exit 1; done
+	FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(ALONE)
 	$(PYTHON) tools/fault_table.py .faults.jsonl
 
 # Breaks each mechanism in a copy of the tree and says which test sees it. About half an hour.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
+import signal
+import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from network import Network, why_no_network
@@ -49,3 +53,18 @@ def record_fault() -> Callable[..., None]:
                 file.write(line)
 
     return record_fault
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says how the exits went, all that were played in several processes."""
+    exits = collections.defaultdict(list)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            told = dict(report.user_properties)
+            if "exit" in told:
+                exits[told["exit"] + ", whose shutdown lasts 1 s" * told["slow"]].append(told)
+    for way, played in sorted(exits.items()):
+        seconds = [told["seconds"] for told in played]
+        aborts = sum(told["status"] == -signal.SIGABRT for told in played)
+        times = f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s"
+        terminalreporter.write_line(f"{way}: {len(played)} exits, {aborts} aborts, {times}")

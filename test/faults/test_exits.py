@@ -5,7 +5,6 @@ FAULTS_EXITS=200 plays so many exits, spread over all ways out and peers, instea
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -16,7 +15,6 @@ import random
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -314,33 +312,13 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peers]:
         yield peers
 
 
-@pytest.fixture(scope="module")
-def record(pytestconfig: pytest.Config) -> Iterator[Callable[[Case, Exit], None]]:
-    """Keeps how each exit went, and says at the end of the module what there was, by way out."""
-    exits: dict[str, list[Exit]] = collections.defaultdict(list)
-    yield lambda case, ended: exits[case.way + ", slow" * case.slow].append(ended)
-    with pytestconfig.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for way, played in exits.items():
-            print(f"{way}: {summary(played)}")
-
-
-def summary(exits: list[Exit]) -> str:
-    """How exits went, in words."""
-    seconds = [ended.seconds for ended in exits]
-    aborts = sum(ended.status == -signal.SIGABRT for ended in exits)
-    held_up = sum(taken_s >= BAR_S + SLOW_S for taken_s in seconds)
-    times = f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s"
-    return f"{len(exits)} exits, {aborts} aborts, {held_up} held up, {times}"
-
-
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_a_prefill_ends_cleanly_and_at_once_whatever_its_probes_are_at(
-    case: Case, peers: Peers, record: Callable[[Case, Exit], None], record_property: Callable[[str, object], None]
+    case: Case, peers: Peers, record_property: Callable[[str, object], None]
 ) -> None:
     ended = peers.play(case)
-    record(case, ended)
-    record_property("seconds", ended.seconds)
+    for name, value in {"exit": case.way, "slow": case.slow, "seconds": ended.seconds, "status": ended.status}.items():
+        record_property(name, value)  # for what is said at the end of the run
     assert ended.status != -signal.SIGABRT, f"the process aborted on its way out:\n{ended.stderr[-2000:]}"
     assert "terminate called" not in ended.stderr
     assert not ended.core_file, "an exit left a core file"
