@@ -51,9 +51,9 @@ _ANSWERS_AT_A_TIME = 32
 # Threads that may hang in probes, as a share of those that the pod may have: eight ranks take half of them at most.
 _SHARE_OF_THREADS = 1 / 16
 _LEAST_STUCK_LIMIT = 64
-# With a thousand blacklisted, what falls due within this time is asked in one round; with fewer, in less. Rounds cost.
+# With a hundred blacklisted, what falls due within this time is asked in one round; with fewer, in less. Rounds cost.
 _LONGEST_ROUND_S = 0.05
-_ROUND_S_PER_SESSION = 0.00005
+_ROUND_S_PER_SESSION = 0.0005
 # After a fault of our own.
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
