@@ -136,7 +136,7 @@ BREAKS = [
         "test/faults/test_exits.py",
     ),
     Break(
-        "0.8 s between probes at most",
+        "half a second between probes at most",
         SESSIONS,
         "(now - record.failed_at)), MAX_GAP_S)",
         "(now - record.failed_at)), 1e9)",

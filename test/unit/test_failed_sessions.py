@@ -76,7 +76,7 @@ def test_a_session_that_was_blacklisted_before_the_prober_came_is_probed_at_once
 
 @pytest.mark.parametrize("interval_s", [30.0, 0.5])
 @pytest.mark.parametrize(("jitter", "factor"), [(0.0, 0.9), (0.5, 1.0), (1.0, 1.1)])
-def test_the_gap_is_a_tenth_of_the_outage_but_a_quarter_second_at_least_and_below_a_second(
+def test_the_gap_is_a_tenth_of_the_outage_but_a_quarter_second_at_least_and_half_a_second_at_most(
     jitter: float, factor: float, interval_s: float
 ) -> None:
     prober = VirtualProber(jitter=jitter, interval_s=interval_s)
@@ -84,9 +84,17 @@ def test_the_gap_is_a_tenth_of_the_outage_but_a_quarter_second_at_least_and_belo
     prober.run(100)
     probes = prober.moments("probe", D)
     for at, following in itertools.pairwise(probes):
-        gap_s = min(min(max(0.25, 0.1 * at), 0.8) * factor, interval_s)
+        gap_s = min(min(max(0.25, 0.1 * at), 0.5) * factor, interval_s)
         assert following - at == about(gap_s), f"asked {following - at} s after the probe at {at}"
-    assert max(b - a for a, b in itertools.pairwise(probes)) == about(min(0.8 * factor, interval_s))
+    assert max(b - a for a, b in itertools.pairwise(probes)) == about(min(0.5 * factor, interval_s))
+
+
+def test_a_probe_that_took_long_to_fail_is_followed_by_the_next_after_a_quarter_second() -> None:
+    """Where packets are dropped each takes 5 s, and a heal between two is heard of the later the longer the gap is."""
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(answers=False, takes=5.0))
+    prober.run(60)
+    assert prober.moments("probe", D)[1:4] == about([5.25, 10.5, 15.75])
 
 
 @pytest.mark.parametrize(("number", "per_s"), [(100, 350), (1000, 350), (10_000, 367), (30_000, 1100)])

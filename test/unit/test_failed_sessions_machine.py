@@ -358,7 +358,7 @@ class BlacklistMachine(RuleBasedStateMachine):
 
     def promised_s(self, known: Known) -> float:
         now = self.prober.clock.now
-        gap_s = min(INTERVAL_S, 1.1 * min(0.8, max(0.25, 0.1 * (now - known.failed_at))))
+        gap_s = min(INTERVAL_S, 1.1 * min(0.5, max(0.25, 0.1 * (now - known.failed_at))))
         pause_s = min(known.no_read_before - now, gap_s + known.fails_open_after())
         settled_s = gap_s + self.onlooker.settle_s
         return max(settled_s, known.hold_until - now, pause_s) + A_MOMENT_S + A_MOMENT_S

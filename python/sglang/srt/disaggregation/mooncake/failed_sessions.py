@@ -26,10 +26,11 @@ from typing import Any, Optional
 from sglang.srt.environ import FailedSessionProbeSettings
 
 # A refused probe costs 0.04 ms of CPU, so four a second are nothing; past 2.5 s the gap is a tenth of the outage. At
-# most 0.8 s: with half of that and the settle time a request goes through 1.4 s after the heal, in the median.
+# most 0.5 s: with half of that and the settle time a request goes through 1.3 s after the heal, in the median. The gap
+# counts from the moment a probe was sent: one that took 5 s to fail is followed after MIN_GAP_S.
 MIN_GAP_S = 0.25
 GAP_SHARE_OF_OUTAGE = 0.1
-MAX_GAP_S = 0.8
+MAX_GAP_S = 0.5
 GAP_JITTER = 0.1
 # A probe costs 0.1 ms of CPU with all that is around it: 350 a second are 4 % of a core, and as many for each peer when
 # a thousand prefill ranks lose a thousand decode ranks. A rack of 64 is asked at once, and after that 16 at a time.
@@ -64,7 +65,8 @@ SLOW_VERIFICATION_S = 0.05
 VERIFICATION_LIMIT = 4
 # Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
-# A session that is on no blacklist any more is kept this long at most for the look whether anybody asks for it.
+# With an idle timeout of days, whether a session is still wanted is looked at this often all the same: the entry for
+# that look keeps what is known of a session that has registered since.
 LONGEST_END_CHECK_S = 600.0
 # Malformed session ids that are said, once each: what comes in from outside must not grow without a bound.
 SAID_LIMIT = 1000
@@ -117,6 +119,7 @@ class _Session:
 
     __slots__ = (
         "answered_since",  # first of the unbroken answers in this generation, or None
+        "asked_at",
         "blacklisted",  # False: on probation
         "blacklisted_at",
         "due_at",
@@ -140,6 +143,7 @@ class _Session:
 
     def __init__(self, session: Any) -> None:
         self.id = session
+        self.asked_at = 0.0
         self.relapses = 0
         self.verify_after = 0.0
         self.has_end_check = False
@@ -541,6 +545,7 @@ class FailedSessions(set[Any]):
 
     def _schedule_next_probe(self, record: _Session, now: float) -> None:
         gap_s = min(max(MIN_GAP_S, GAP_SHARE_OF_OUTAGE * (now - record.failed_at)), MAX_GAP_S)
+        gap_s = max(MIN_GAP_S, record.asked_at + gap_s - now)
         gap_s *= 1.0 + GAP_JITTER * (2.0 * self._jitter() - 1.0)
         at = now + max(LEAST_GAP_S, min(gap_s, self._settings.interval_s))
         if record.answered_since is not None:  # no later than the next moment at which an answer could let it in
@@ -616,7 +621,7 @@ class FailedSessions(set[Any]):
         self._allowance = min(PROBES_AT_ONCE, self._allowance + earned)
         self._allowance_at = now
 
-    # Places: CONCURRENCY for young probes, STUCK_LIMIT for stuck ones, one for a verification.
+    # Places: CONCURRENCY for young probes, STUCK_LIMIT for stuck ones, VERIFICATION_LIMIT for verifications.
 
     def _next_to_verify(self, now: float) -> Optional[_Session]:
         if len(self._verifications) >= VERIFICATION_LIMIT or any(
@@ -661,6 +666,7 @@ class FailedSessions(set[Any]):
 
     def _ask(self, record: _Session, now: float, verify: bool) -> Question:
         question = Question(record.id, record.generation, now, verify, verify and record.was_gone)
+        record.asked_at = now
         record.due_at = _NEVER
         self._prompt.pop(record, None)
         self._unproven.pop(record, None)
