@@ -34,7 +34,8 @@ mechanisms:
 	$(ENGINES) tools/break_mechanisms.py
 
 # What it is worth, beside what it replaces: tables, bench/results/*.json and docs/plots/*.png. Under half an hour, the
-# first time plus the downloads. CASE=lag, lost, hot-path, watching or fleet: that alone; CASE=--quick: a rehearsal.
+# first time plus the downloads. CASE=lag, lost, hot-path, chunks, watching or fleet: that alone; CASE=--quick: a
+# rehearsal.
 CASE ?=
 bench: network-tools
 	$$($(PYTHON) tools/environment.py bench) -m bench $(CASE)

@@ -1,6 +1,6 @@
 """Runs the cases of the bench, prints their tables, keeps their rows and draws their plots.
 
-    python -m bench [--quick] [lag | lost | hot-path | watching | fleet ...]      all of them if none is named
+    python -m bench [--quick] [lag | lost | hot-path | chunks | watching | fleet ...]      all of them if none is named
 
 With --quick everything is small and proves nothing but that the bench runs; its results go to bench/results/quick/.
 Each case is a process of its own. Those that wait most of the time run side by side: the simulation of a fleet beside
@@ -29,8 +29,8 @@ from bench.progress import say
 
 RESULTS = CHECKOUT / "bench" / "results"
 PLOTS = CHECKOUT / "docs" / "plots"
-STAGES = [["hot-path"], ["lag", "fleet"], ["lost", "watching"]]
-NEED_SGLANG = {"lag", "lost"}
+STAGES = [["hot-path"], ["chunks"], ["lag", "fleet"], ["lost", "watching"]]
+NEED_SGLANG = {"chunks", "lag", "lost", "watching"}
 CASES = [case for stage in STAGES for case in stage]
 DEADLINE_S = 1500.0  # of a stage
 END_DEADLINE_S = 20.0
@@ -44,6 +44,10 @@ def rows_of(case: str, quick: bool) -> Iterable[tables.Row]:
         from bench import hot_path
 
         return hot_path.rows()
+    if case == "chunks":
+        from bench import chunks
+
+        return chunks.rows(rounds=3) if quick else chunks.rows()
     if case == "lag":
         from bench import lag
 

@@ -121,7 +121,9 @@ class Manager:
     Several threads may tell it things; those that ask wait for each other.
     """
 
-    def __init__(self, forkers: Forkers, contender: Contender, role: str, network: str, **settings: str) -> None:
+    def __init__(
+        self, forkers: Forkers, contender: Contender, role: str, network: str, timed: bool = False, **settings: str
+    ) -> None:
         self.name = contender.name
         self._forker = forkers[contender.environment]
         self._lock = threading.Lock()
@@ -131,7 +133,8 @@ class Manager:
             self._socket.connect(self._forker.path)
             self._answers = self._socket.makefile("r")
             settings = {**contender.settings, **settings}
-            made = self.ask("begin", role=role, network=network, settings=settings, tight=contender.tight)
+            how = {"tight": contender.tight, "timed": timed}
+            made = self.ask("begin", role=role, network=network, settings=settings, **how)
             self.pid, self.session, self.bootstrap = made["pid"], made["session"], made["bootstrap"]
             self._pidfd = os.pidfd_open(self.pid)
         except BaseException:

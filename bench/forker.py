@@ -24,11 +24,13 @@ import sys
 import threading
 import time
 import traceback
+import types
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "test" / "stock"))
 
 import manager_process
+from timed_lock import TimedLock
 
 CLONE_NEWNET = 0x40000000
 SOURCE_PAGES = [3, 4, 9, 10, 11]
@@ -50,13 +52,18 @@ class Manager(manager_process.ManagerProcess):
         self._some_open = threading.Event()
         self._some_ended = threading.Condition()
 
-    def begin(self, role: str, network: str, settings: dict[str, str], tight: bool) -> dict[str, Any]:
+    def begin(
+        self, role: str, network: str, settings: dict[str, str], tight: bool = False, timed: bool = False
+    ) -> dict[str, Any]:
         """Make the manager, in the network namespace at the path `network`; the settings stay.
 
-        With `tight`, each session that it blacklists is probed in a tight loop.
+        With `tight`, each session that it blacklists is probed in a tight loop. With `timed`, `held` tells how long its
+        session_lock was held.
         """
         enter(network)
         os.environ.update(settings)
+        if timed:  # session_lock is the only lock that this module makes
+            self.conn.threading = types.SimpleNamespace(**{**vars(threading), "Lock": TimedLock})
         made = self.make(role, {})
         if tight:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Mooncake says a line of each failed probe
@@ -66,9 +73,7 @@ class Manager(manager_process.ManagerProcess):
 
     def take(self, room: int) -> dict[str, Any]:
         """Prefill: take a request, and send its pages once decode has handed over its own."""
-        own = f"127.0.0.1:{self.bootstrap_port}"
-        sender = self.conn.MooncakeKVSender(self.manager, own, room, *self.release.sender_ranks())
-        self.transfers[room] = sender
+        self.open_request(room)
         self._unsent.add(room)
         self._play_on(room)
         return {}
@@ -92,6 +97,32 @@ class Manager(manager_process.ManagerProcess):
         for session in sessions:
             self.blacklist(session)
         return {}
+
+    def open_request(self, room: int) -> dict[str, Any]:
+        """Prefill: take a request whose pages are sent by `send_chunks`."""
+        own = f"127.0.0.1:{self.bootstrap_port}"
+        self.transfers[room] = self.conn.MooncakeKVSender(self.manager, own, room, *self.release.sender_ranks())
+        return {}
+
+    def send_chunks(self, room: int, number: int) -> dict[str, Any]:
+        """Prefill: send one page so many times as a chunk of its own, then the whole request. Gives the seconds."""
+        import numpy
+
+        assert self._outcome(room, "WaitingForInput", 20)["status"] == "WaitingForInput"
+        page = numpy.array(SOURCE_PAGES[:1], numpy.int32)
+        began = time.perf_counter()
+        for _ in range(number):
+            self.manager.add_transfer_request(room, page, slice(0, 1), False)
+        self.send(room, SOURCE_PAGES)
+        assert self._outcome(room, "Success", 50)["status"] == "Success"
+        seconds = time.perf_counter() - began
+        self._to_clear.append((time.monotonic() + CLEAR_AFTER_S, "Success", self.transfers.pop(room)))
+        return {"seconds": seconds}
+
+    def held(self) -> dict[str, Any]:
+        """How long session_lock was held since the last time."""
+        taken: dict[str, Any] = self.manager.session_lock.take()
+        return taken
 
     def _play_on(self, room: int) -> None:
         self._open.add(room)

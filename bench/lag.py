@@ -34,6 +34,10 @@ TRIALS_OF_LONG_CELLS = 3
 PAUSED_S = 0.5  # by the garbage collector
 # The native loop and the fixed one make a pass every 30 s: a fault begins anywhere in between.
 LONGEST_PHASE_S = 30.0
+# An outage is longer or shorter than its cell says by a fifth at most, and by 3 s: a probe of a peer whose packets are
+# dropped takes 5 s, and the heal is to fall anywhere into one.
+LARGEST_DEVIATION_S = 3.0
+SHARE_OF_DEVIATION = 0.2
 # A request every 20 ms, and then every fiftieth of the lag so far, so that the bench does not slow what it measures.
 LEAST_GAP_S = 0.02
 GAP_SHARE_OF_LAG = 0.02
@@ -68,8 +72,24 @@ CELLS = [
     Cell("paused", PAUSED_S),
     *(Cell(fault, outage_s) for outage_s in (1, 5, 20, 60, 300) for fault in ("stopped", "dropped", "rejected")),
     *(Cell("stopped", outage_s, hung) for outage_s in (5, 60) for hung in (8, 64)),
+    *(Cell(fault, 20, 64) for fault in ("dropped", "rejected")),
 ]
 QUICK_CELLS = [Cell("paused", PAUSED_S), Cell("dropped", 1), Cell("rejected", 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """When in a trial the fault begins, counted from the contenders' start, and how long it lasts."""
+
+    cell: Cell
+    phase_s: float
+    outage_s: float
+
+    @classmethod
+    def of(cls, cell: Cell, chance: random.Random) -> Plan:
+        deviation_s = min(LARGEST_DEVIATION_S, SHARE_OF_DEVIATION * cell.outage_s)
+        outage_s = cell.outage_s + chance.uniform(-deviation_s, deviation_s)
+        return cls(cell, chance.uniform(0.0, LONGEST_PHASE_S), outage_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +116,18 @@ class Halt(threading.Event):
             raise Halted
 
 
-def play(forkers: Forkers, cell: Cell, phase_s: float, halt: Halt) -> Trial:
+def play(forkers: Forkers, plan: Plan, halt: Halt) -> Trial:
     """One trial: fault and heal of a decode node that was used before. All contenders blacklist it as it begins."""
+    cell = plan.cell
     with contextlib.ExitStack() as stack:
         with STARTING:
             lane = stack.enter_context(Lane(forkers))
         stack.enter_context(lane.hung_peers(cell.hung))
         (decode,) = lane.decodes
-        halt.sleep(phase_s)
+        halt.sleep(plan.phase_s)
         with fault(decode, cell.fault):
             lane.blacklist(decode.session)
-            halt.sleep(cell.outage_s)
+            halt.sleep(plan.outage_s)
             healed = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(len(lane.prefills)) as side_by_side:
             lags = side_by_side.map(
@@ -139,19 +160,19 @@ def rows(
     cells: list[Cell] = CELLS, lanes: int = LANES, trials: Optional[int] = None, seed: int = 1
 ) -> Iterator[dict[str, Any]]:
     """One row for each cell and contender, as soon as all trials of the cell are over."""
-    phases = random.Random(seed)
-    plan = [(cell, phases.uniform(0.0, LONGEST_PHASE_S)) for cell in cells for _ in range(trials or cell.trials)]
-    plan.sort(key=lambda trial: -trial[0].expected_s)
-    say(f"{len(plan)} trials, {lanes} at a time: about {expected_s(plan, lanes) / 60:.0f} minutes")
+    chance = random.Random(seed)
+    plans = [Plan.of(cell, chance) for cell in cells for _ in range(trials or cell.trials)]
+    plans.sort(key=lambda plan: -plan.cell.expected_s)
+    say(f"{len(plans)} trials, {lanes} at a time: about {expected_s(plans, lanes) / 60:.0f} minutes")
     halt = Halt()
     with forkers() as started, concurrent.futures.ThreadPoolExecutor(lanes) as pool:
         try:
-            playing = {pool.submit(play, started, cell, phase_s, halt): cell for cell, phase_s in plan}
+            playing = {pool.submit(play, started, plan, halt): plan.cell for plan in plans}
             done: dict[Cell, list[Optional[Trial]]] = {cell: [] for cell in cells}
             for number, future in enumerate(as_they_end(set(playing)), 1):
                 cell = playing[future]
                 done[cell].append(result_of(future))
-                say(f"[{number}/{len(plan)}] {in_words(cell, done[cell][-1])}")
+                say(f"[{number}/{len(plans)}] {in_words(cell, done[cell][-1])}")
                 if len(done[cell]) == (trials or cell.trials):
                     for contender in CONTENDERS:
                         yield row(cell, contender.name, done[cell])
@@ -160,9 +181,9 @@ def rows(
             pool.shutdown(cancel_futures=True)
 
 
-def expected_s(plan: list[tuple[Cell, float]], lanes: int) -> float:
+def expected_s(plans: list[Plan], lanes: int) -> float:
     """How long it is likely to take: no less than its longest trial does."""
-    each = [START_S + phase_s + cell.expected_s for cell, phase_s in plan]
+    each = [START_S + plan.phase_s + plan.cell.expected_s for plan in plans]
     return START_S + max(max(each), sum(each) / lanes)
 
 

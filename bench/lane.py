@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from imposters import imposters
 from network import Network
 
-from bench.contenders import CONTENDERS, DECODE, Forkers, Manager
+from bench.contenders import CONTENDERS, DECODE, Contender, Forkers, Manager
 
 HOST = "127.0.0.1"
 FIRST_PORT = 20000
@@ -75,13 +75,13 @@ class Decode:
 class Lane:
     """Decode nodes, and a prefill node of each contender. All have met; nothing has happened yet."""
 
-    def __init__(self, forkers: Forkers, decodes: int = 1) -> None:
+    def __init__(self, forkers: Forkers, decodes: int = 1, contenders: list[Contender] = CONTENDERS) -> None:
         with contextlib.ExitStack() as started:
             self._network = started.enter_context(Network())
             self.decodes = [self._decode(started, forkers, number) for number in range(decodes)]
             self.prefills = {
                 contender.name: started.enter_context(Manager(forkers, contender, "prefill", self._network.path))
-                for contender in CONTENDERS
+                for contender in contenders
             }
             for prefill in self.prefills.values():
                 for decode in self.decodes:

@@ -178,6 +178,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "lag": lag,
     "lost": lost,
     "hot-path": plain,
+    "chunks": plain,
     "watching": plain,
     "fleet": fleet,
 }
