@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults mechanisms bench wheel network-tools
+.PHONY: test test-fast faults mechanisms bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of three stock releases, on real servers. About 15 minutes, the
 # first time plus the downloads.
@@ -42,6 +42,14 @@ bench: network-tools
 
 wheel:
 	$(ENGINES) -m build --wheel --no-isolation .
+
+# What is released: an sdist and a wheel made from it, each checked and installed into an empty environment.
+DIST ?= dist
+dist:
+	rm -f $(DIST)/sglang_failed_session_probe-*
+	$$($(PYTHON) tools/environment.py dist) -m build --no-isolation --outdir $(DIST) .
+	$$($(PYTHON) tools/environment.py dist) -m twine check --strict $(DIST)/sglang_failed_session_probe-*
+	$$($(PYTHON) tools/environment.py dist) tools/check_packages.py $(DIST)
 
 # Tests that drop and reject packets do so in network namespaces of their own; without these they are skipped, aloud.
 network-tools:

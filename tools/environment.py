@@ -4,7 +4,7 @@
 
 NAME is `engines` (Mooncake without SGLang) or `sglang-RELEASE` (what real servers of that release need, on a CPU),
 and either with `+VERSION` for another version of Mooncake, e.g. engines+0.3.10.post2; or `bench` (engines, and what
-draws plots).
+draws plots) or `dist` (engines, and what checks packages).
 Standard library only: this runs before anything is installed.
 """
 
@@ -30,12 +30,11 @@ import venv
 from collections.abc import Iterator
 
 HERE = pathlib.Path(__file__).resolve().parent
-BENCH_REQUIREMENTS = HERE / "requirements" / "bench.txt"
 VENVS = pathlib.Path(os.environ.get("FAILED_SESSION_PROBE_VENVS") or HERE.parent / ".venvs").absolute()
 SHARED_RELEASE = "0.5.23"
 MOONCAKE = "mooncake-transfer-engine-non-cuda"
 MOONCAKE_VERSION = "0.3.13.post1"
-BENCH = "bench"
+BEFORE_ENGINES = ("bench", "dist")  # `engines` with the packages of a file of their own in front of it
 STAMP = "recipe.sha256"
 DEADLINE_S = 1800.0
 
@@ -119,7 +118,7 @@ def _folder(name: str) -> pathlib.Path:
     then removes it to install another version: sglang-0.5.2 must not stand in front of sglang-0.5.23 by that name.
     """
     release, mooncake = _parts(name)
-    is_in_front = name == BENCH or mooncake or release not in (None, SHARED_RELEASE)
+    is_in_front = name in BEFORE_ENGINES or mooncake or release not in (None, SHARED_RELEASE)
     return VENVS / (f"{name}.front" if is_in_front else name)
 
 
@@ -130,35 +129,37 @@ def _is_finished(folder: pathlib.Path, recipe: str) -> bool:
 
 def _parts(name: str) -> tuple[str | None, str | None]:
     """The release of SGLang and the version of Mooncake that an environment's name asks for; None for the usual one."""
-    if name == BENCH:
+    if name in BEFORE_ENGINES:
         return None, None
     version = r"\d+(?:\.\d+)+(?:\.?(?:post|rc)\d+)?"
     match = re.fullmatch(rf"(?:engines|sglang-({version}))(?:\+({version}))?", name)
     if not match:
         raise CannotMake(
-            f"there is no environment {name!r}: say engines, sglang-RELEASE, one of them with +MOONCAKE, or bench"
+            f"there is no environment {name!r}: say engines, sglang-RELEASE, one of them with +MOONCAKE, "
+            f"{' or '.join(BEFORE_ENGINES)}"
         )
     return match.group(1), match.group(2)
 
 
-def _requirements(release: str | None) -> pathlib.Path:
-    return HERE / "requirements" / ("server.txt" if release else "engines.txt")
+def _requirements(what: str) -> pathlib.Path:
+    return HERE / "requirements" / f"{what}.txt"
 
 
 def _recipe(name: str) -> str:
     """What the environment consists of, as one hash: its requirements and the python that it is made for."""
     release, _ = _parts(name)
     made_for = [name, MOONCAKE_VERSION, SHARED_RELEASE, platform.python_version(), sys.base_prefix]
-    if name == BENCH:
-        made_for.append(BENCH_REQUIREMENTS.read_text())
-    return hashlib.sha256("\n".join((*made_for, _requirements(release).read_text())).encode()).hexdigest()
+    if name in BEFORE_ENGINES:
+        made_for.append(_requirements(name).read_text())
+    behind = _requirements("server" if release else "engines").read_text()
+    return hashlib.sha256("\n".join((*made_for, behind)).encode()).hexdigest()
 
 
 def _make(name: str, folder: pathlib.Path) -> None:
     release, mooncake = _parts(name)
-    if name == BENCH:
-        say(_size(BENCH_REQUIREMENTS))
-        _pip_install(_new_in_front(_made("engines"), folder), "-r", str(BENCH_REQUIREMENTS))
+    if name in BEFORE_ENGINES:
+        say(_size(_requirements(name)))
+        _pip_install(_new_in_front(_made("engines"), folder), "-r", str(_requirements(name)))
     elif mooncake:
         path = _new_in_front(_made(name.removesuffix(f"+{mooncake}")), folder)
         say("download: 50 MB")
@@ -178,7 +179,7 @@ def _size(requirements: pathlib.Path) -> str:
 
 
 def _make_from_requirements(release: str | None, folder: pathlib.Path) -> None:
-    requirements = _requirements(release)
+    requirements = _requirements("server" if release else "engines")
     say(_size(requirements))
     path = _new_venv(folder)
     _pip_install(path, "pip", pip=_bundled_pip())
