@@ -12,8 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
+
+import tomllib
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
