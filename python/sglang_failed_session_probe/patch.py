@@ -18,9 +18,10 @@ from typing import Any, Optional
 
 import wrapt
 
+from sglang_failed_session_probe.own_files import source_folder
+
 logger = logging.getLogger(__name__)
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent
 _ENGINE_FILE = "sglang/srt/distributed/device_communicators/mooncake_transfer_engine.py"
 
 # What each of our files gives to SGLang's module: patch_failed_session_probe(patch, names of the module).
@@ -33,12 +34,6 @@ _PATCHED: dict[str, tuple[str, Optional[str]]] = {
     "sglang.srt.disaggregation.mooncake.transfer_engine": (_ENGINE_FILE, "MooncakeTransferEngine"),  # to 0.5.8.post1
     "sglang.srt.disaggregation.mooncake.conn": ("sglang/srt/disaggregation/mooncake/conn.py", "MooncakeKVManager"),
 }
-
-
-def source_folder() -> pathlib.Path:
-    """The folder that holds our ``sglang`` tree: inside the package in a wheel, beside it in a checkout."""
-    packed = _PACKAGE / "python"
-    return packed if packed.is_dir() else _PACKAGE.parent
 
 
 class _NewModules(importlib.abc.MetaPathFinder):

@@ -1,0 +1,575 @@
+"""Is this environment ready for a prefill node with the probe, and if not, what is to be done?
+
+One line for each thing that was looked at, with what to do about it, and a last one that says what will happen on a
+prefill node started from here. The exit status is 0 if that is what was asked for, else 1. SGLang is not imported.
+
+``--json`` prints one object:
+
+    ready         true where the exit status is 0
+    verdict       the last line
+    sglang        its release, null if there is none
+    mooncake      name and release of the wheel whose engine is there, null if that is not known
+    lines         a list of {"mark": "ok" | "info" | "warning" | "error", "subject", "finding", "do"}; "do" may be ""
+    patch_points  a list of {"name", "found", "where": "file:line" or "", "needed"}
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Optional
+
+from sglang_failed_session_probe import patch_points
+from sglang_failed_session_probe.own_files import load_settings, source_folder
+from sglang_failed_session_probe.patch_points import PatchPoints
+
+_DISTRIBUTION = "sglang-failed-session-probe"
+_PACKAGE = "sglang_failed_session_probe"
+_PTH = "sglang_failed_session_probe.pth"
+_PLUGIN_GROUP = "sglang.srt.plugins"
+_SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+_SETTINGS = {
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "interval_s",
+    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "max_interval_s",
+    "SGLANG_FAILED_SESSION_IDLE_TIMEOUT_S": "idle_timeout_s",
+    "SGLANG_FAILED_SESSION_PROBE_SETTLE_S": "settle_s",
+    "SGLANG_FAILED_SESSION_PROBE_VERIFY": "verify",
+    "SGLANG_FAILED_SESSION_PROBE_CONCURRENCY": "concurrency",
+}
+# Beside these, the interval and the longest interval are each judged alone.
+_WIDEST = {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1e-300", "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "1e300"}
+_OUR_PREFIXES = ("SGLANG_FAILED_SESSION", "SGLANG_ENABLE_FAILED")
+_INSTALL = "pip install sglang_failed_session_probe-*.whl"
+_REINSTALL = "pip install --force-reinstall --no-deps sglang_failed_session_probe-*.whl"
+
+_FIRST_MOONCAKE_THAT_ASKS = "0.3.11"
+_FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
+_FIRST_MOONCAKE_WITH_BOUND = "0.3.12"
+_MOONCAKE_LIBRARIES = {
+    "libibverbs.so.1": "libibverbs1",
+    "librdmacm.so.1": "librdmacm1",
+    "libnuma.so.1": "libnuma1",
+    "libcurl.so.4": "libcurl4",
+}
+# Below this, eight ranks with 64 probes that hang, the least they may have, are more than half of the container's.
+_FEW_THREADS = 1024
+_CHILD_DEADLINE_S = 20.0
+
+# What an error means for a prefill node, the worst first.
+_STOPS, _NO_PROBE, _UNSURE, _PARTLY = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One thing that was looked at. A finding of an error can follow "because"."""
+
+    mark: str
+    subject: str
+    finding: str
+    do: str = ""
+    effect: int = _NO_PROBE
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """All that was found; ``asked_for`` says whether the switch is on, None if it is not set."""
+
+    lines: tuple[Line, ...]
+    asked_for: Optional[bool]
+    points: Optional[PatchPoints]
+    mooncake: Optional[str]
+
+    @property
+    def ready(self) -> bool:
+        """True if what was asked for will happen."""
+        return all(line.mark != "error" for line in self.lines)
+
+    @property
+    def verdict(self) -> str:
+        """What will happen on a prefill node that is started from here, in one sentence."""
+        errors = sorted((line for line in self.lines if line.mark == "error"), key=lambda line: line.effect)
+        if errors:
+            worst = errors[0]
+            more = f" ({len(errors) - 1} more above)" if len(errors) > 1 else ""
+            return f"{self._what_happens(worst.effect)}{worst.finding}; do this: {worst.do}{more}."
+        if self.asked_for:
+            return "A prefill node started here will probe blacklisted sessions."
+        if self.asked_for is False:
+            return f"A prefill node started here will probe no sessions, as {_SWITCH} asks for."
+        own = ", its own probe included" if self.points and self.points.has("native probe") else ""
+        return f"A prefill node started here will run SGLang as it is{own}: the switch is off; set {_SWITCH}=1."
+
+    def _what_happens(self, effect: int) -> str:
+        node = "A prefill node started here" if self.asked_for else "Switched on, a prefill node started here"
+        return {
+            _STOPS: f"{node} will NOT start, because ",
+            _NO_PROBE: f"{node} will NOT probe blacklisted sessions, because ",
+            _UNSURE: f"{node} will perhaps NOT let healed sessions in, because ",
+            _PARTLY: f"{node} will probe blacklisted sessions, but not as asked: ",
+        }[effect]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        shown = ("mark", "subject", "finding", "do")
+        return {
+            "ready": self.ready,
+            "verdict": self.verdict,
+            "sglang": self.points.release if self.points else None,
+            "mooncake": self.mooncake,
+            "lines": [{name: getattr(line, name) for name in shown} for line in self.lines],
+            "patch_points": [dataclasses.asdict(finding) for finding in self.points.findings] if self.points else [],
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Gives the parser of the command ``doctor`` its arguments."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was found; gives 0 if the environment is ready, else 1."""
+    found = diagnose(os.environ)
+    if arguments.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        _print(found)
+    return 0 if found.ready else 1
+
+
+def diagnose(environment: Mapping[str, str]) -> Diagnosis:
+    """Looks at everything. Starts two short processes, and imports nothing of SGLang's or Mooncake's in this one."""
+    folder = patch_points.find_sglang()
+    points = patch_points.examine(folder) if folder else None
+    switch, asked_for = _look_at_switch(environment)
+    mooncake, mooncake_lines, thread_limit = _look_at_mooncake(environment)
+    lines = [
+        *_look_at_sglang(folder, points),
+        *mooncake_lines,
+        *_look_at_package(),
+        *_look_at_doors(points, environment),
+        *_look_at_libraries(points),
+        switch,
+        *_look_at_settings(environment, asked_for),
+        *_look_at_misspelt(environment, folder, asked_for),
+        *_look_at_metrics_folder(environment, points),
+        *_look_at_thread_limit(thread_limit),
+    ]
+    misspelt = any(line.subject == "misspelt" and line.mark == "error" for line in lines)
+    return Diagnosis(tuple(lines), asked_for if asked_for is not None or not misspelt else True, points, mooncake)
+
+
+def _print(found: Diagnosis) -> None:
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colours = {"ok": "32", "warning": "33", "error": "31"} if is_coloured else {}
+    width = max(len(line.subject) for line in found.lines)
+    for line in found.lines:
+        mark = f"{line.mark:<7}"
+        if line.mark in colours:
+            mark = f"\033[{colours[line.mark]}m{mark}\033[0m"
+        print(f"{mark}  {line.subject:<{width}}  {line.finding}")
+        if line.do:
+            print(f"{'':<7}  {'':<{width}}  do this: {line.do}")
+    print(found.verdict)
+
+
+# SGLang.
+
+
+def _look_at_sglang(folder: Optional[pathlib.Path], points: Optional[PatchPoints]) -> Iterator[Line]:
+    if folder is None or points is None:
+        do = "run doctor with the Python of the prefill node, or install SGLang"
+        yield Line("error", "SGLang", f"{sys.executable} finds no SGLang", do, _STOPS)
+        return
+    is_wheel = any(folder.parent.glob("sglang-*.dist-info"))
+    how = "a wheel" if is_wheel else "editable or a source tree"
+    yield Line("ok", "SGLang", f"{points.release}, {how}, in {folder}")
+    newer = f"look for a release of {_DISTRIBUTION} that supports it"
+    if points.missing:
+        yield Line("error", "patch points", f"SGLang {points.release} has no {', no '.join(points.missing)}", newer)
+    for doubt in points.doubts:
+        yield Line("error", "patch points", f"in SGLang {points.release} {doubt}", newer, _UNSURE)
+    if points.fits:
+        writers = dict.fromkeys(
+            finding.name.split()[-1] for finding in points.findings if finding.name.startswith("failed_sessions: ")
+        )
+        yield Line("ok", "patch points", f"all found; the blacklist is written by {', '.join(writers)}")
+    native = "yes, ours takes its place while the switch is on" if points.has("native probe") else "none"
+    yield Line("info", "native probe", native)
+
+
+# Mooncake.
+
+# Uses our own code as a node does: `sglang` is our tree there, so that SGLang is not imported.
+_CHILD_WITH_ENGINE = """
+import json, os, sys, types
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+sys.path[:] = json.loads(sys.argv[1])
+sys.modules["sglang"] = types.ModuleType("sglang")
+sys.modules["sglang"].__path__ = [sys.argv[2]]
+from sglang.srt.disaggregation.mooncake import session_probe
+print(json.dumps(session_probe.thread_limit_of_pod()), file=answers)
+try:
+    import mooncake.engine
+except BaseException as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"), file=answers)
+else:
+    print(json.dumps(session_probe.can_probe(mooncake.engine.TransferEngine)), file=answers)
+"""
+
+
+def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], list[Line], Optional[int]]:
+    """Name and release of the wheel, what is to be said of it, and the container's limit on threads."""
+    spec = importlib.util.find_spec("mooncake")
+    places = spec and spec.submodule_search_locations
+    folder = pathlib.Path(next(iter(places))) if places else None
+    path = [*sys.path, *([str(folder.parent)] if folder else [])]
+    child = _child(["-S", "-c", _CHILD_WITH_ENGINE, json.dumps(path), str(source_folder() / "sglang")], environment)
+    answers = [json.loads(line) for line in child.stdout.splitlines()]
+    thread_limit = answers[0] if answers else None
+    engine = answers[1] if len(answers) > 1 else _how_it_ended(child)
+    if folder is None or not any(folder.glob("engine*")):
+        finding = "Mooncake is not installed" if folder is None else f"{folder} has no engine"
+        do = f"install the wheel of Mooncake for this machine, {_FIRST_MOONCAKE_THAT_ASKS} or later"
+        return None, [Line("error", "Mooncake", finding, do, _STOPS)], thread_limit
+    wheels = _wheels_in(folder)
+    wheel = _wheel_of_engine(wheels)
+    lines = [*_several_wheels(wheels, wheel), _release_line(wheel, engine, environment)]
+    if answers:  # else it is our own files that are not there, which is said elsewhere
+        lines.append(_engine_line(engine))
+    return _name(wheel), lines, thread_limit
+
+
+def _child(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=_CHILD_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _how_it_ended(child: subprocess.CompletedProcess[str]) -> str:
+    if child.returncode == -signal.SIGKILL:
+        return f"it takes more than {_CHILD_DEADLINE_S:.0f} s"
+    return f"it ends the process with {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "it exits"
+
+
+def _wheels_in(folder: pathlib.Path) -> list[importlib.metadata.Distribution]:
+    """The installed wheels that have brought an engine into this folder."""
+    here = importlib.metadata.distributions(path=[str(folder.parent)])
+    named = [each for each in here if "mooncake" in (each.metadata["Name"] or "").lower()]
+    return [each for each in named if any(_is_engine(file) for file in each.files or ())]
+
+
+def _is_engine(file: pathlib.PurePath) -> bool:
+    return file.parent.name == "mooncake" and file.name.startswith("engine") and file.suffix == ".so"
+
+
+def _wheel_of_engine(wheels: list[importlib.metadata.Distribution]) -> Optional[importlib.metadata.Distribution]:
+    """The wheel whose engine lies there; None if that is none's."""
+    if len(wheels) == 1:
+        return wheels[0]
+    return next((each for each in wheels if not _changed(filter(_is_engine, each.files or ()))), None)
+
+
+def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
+    """Those of the files that are not there as the wheel had them."""
+    changed = []
+    for file in files:
+        if file.hash is not None:
+            try:
+                digest = hashlib.new(file.hash.mode, file.read_binary()).digest()
+            except (OSError, KeyError):  # KeyError: of a zip file
+                digest = b""
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
+                changed.append(str(file))
+    return changed
+
+
+def _name(wheel: Optional[importlib.metadata.Distribution]) -> Optional[str]:
+    return f"{wheel.metadata['Name']} {wheel.version}" if wheel else None
+
+
+def _several_wheels(
+    wheels: list[importlib.metadata.Distribution], wheel: Optional[importlib.metadata.Distribution]
+) -> Iterator[Line]:
+    if len(wheels) > 1:
+        names = [each.metadata["Name"] for each in wheels]
+        them = " and ".join(f"{each.metadata['Name']} {each.version}" for each in wheels)
+        whose = f"the engine is that of {_name(wheel)}" if wheel else "the engine is none of theirs"
+        yield Line(
+            "error",
+            "Mooncake",
+            f"{len(wheels)} wheels of Mooncake lie over one another: {them}; {whose}",
+            f"pip uninstall -y {' '.join(names)}, then install the one for this machine",
+            _UNSURE,
+        )
+
+
+def _release_line(
+    wheel: Optional[importlib.metadata.Distribution], engine: Any, environment: Mapping[str, str]
+) -> Line:
+    name = _name(wheel) or "Mooncake of unknown release"
+    release = wheel.version if wheel else "0"
+    can_probe = engine if isinstance(engine, bool) else _at_least(release, _FIRST_MOONCAKE_THAT_ASKS)
+    if not can_probe:
+        answers = (
+            "it answers them" if _at_least(release, _FIRST_MOONCAKE_THAT_ANSWERS) else "it does not answer them either"
+        )
+        do = (
+            f"install Mooncake {_FIRST_MOONCAKE_THAT_ASKS} or later on the prefill nodes, "
+            f"{_FIRST_MOONCAKE_THAT_ANSWERS} or later on the decode nodes"
+        )
+        return Line("error", "Mooncake", f"{name} cannot send probes ({answers})", do)
+    if wheel and not _at_least(release, _FIRST_MOONCAKE_WITH_BOUND):
+        finding = f"{name} sends and answers probes; where packets are dropped it waits two minutes to connect"
+        return Line("warning", "Mooncake", finding, f"install {_FIRST_MOONCAKE_WITH_BOUND} or later")
+    bound = environment.get("MC_HANDSHAKE_CONNECT_TIMEOUT") or "5"
+    return Line("ok", "Mooncake", f"{name}: sends and answers probes, gives up connecting after {bound} s")
+
+
+def _at_least(release: str, wanted: str) -> bool:
+    """Compares releases by their numbers, which is enough for Mooncake's."""
+    return [int(part) for part in re.findall(r"\d+", release)] >= [int(part) for part in re.findall(r"\d+", wanted)]
+
+
+def _engine_line(engine: Any) -> Line:
+    """Can the engine be imported, and if not, what is it that it lacks? ``engine`` is a bool, or why it cannot be."""
+    subject = "mooncake.engine"
+    if isinstance(engine, bool):
+        return Line("ok", subject, "can be imported")
+    library = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file", engine)
+    if library is None:
+        return Line("error", subject, f"{subject} cannot be imported: {engine}", "install Mooncake anew", _STOPS)
+    name = library.group(1)
+    if name.startswith(("libcu", "libnv")):
+        do = "see whether `python -c 'import torch, mooncake.engine'` works on the prefill node"
+        return Line("warning", subject, f"{subject} needs {name}, which PyTorch or the driver may bring", do)
+    missing = [package for file, package in _MOONCAKE_LIBRARIES.items() if file == name or not _loads(file)]
+    do = f"apt-get install {' '.join(missing)}" if missing else f"install what brings {name}"
+    return Line("error", subject, f"{subject} needs {name}, which this system lacks", do, _STOPS)
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+# Our package and its ways in.
+
+
+def _look_at_package() -> Iterator[Line]:
+    here = pathlib.Path(__file__).parent
+    if not (source_folder() / "sglang/srt/environ.py").is_file():
+        yield Line("error", "package", f"in {here} the files for SGLang's modules are missing", _REINSTALL)
+        return
+    try:
+        installed = importlib.metadata.distribution(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        yield Line("warning", "package", f"it is not installed, it is run from {here}", _INSTALL)
+        return
+    home = _home_of(installed)
+    if not here.resolve().is_relative_to(home):
+        do = "start from another folder, or take the copy off PYTHONPATH"
+        yield Line("warning", "package", f"the copy in {here} is in front of the installed one, in {home}", do)
+        return
+    changed = _changed(file for file in installed.files or () if file.name != _PTH)  # of which more is said below
+    if changed:
+        yield Line(
+            "error", "package", f"of the installed files these are not as they were: {', '.join(changed)}", _REINSTALL
+        )
+    else:
+        yield Line("ok", "package", f"{installed.version}, in {here}")
+
+
+def _home_of(installed: importlib.metadata.Distribution) -> pathlib.Path:
+    """The folder that the installed package runs from: the checkout's where it is editable."""
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # no such file, or not what we know
+        origin = json.loads(installed.read_text("direct_url.json"))  # type: ignore[arg-type]
+        if origin["dir_info"]["editable"]:
+            return pathlib.Path(origin["url"].removeprefix("file://")).resolve()
+    return pathlib.Path(str(installed.locate_file(_PACKAGE))).resolve()
+
+
+_CHILD_AT_THE_DOOR = f"import sys; print('{_PACKAGE}.patch' in sys.modules)"
+
+
+def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Iterator[Line]:
+    plugin_shut = _why_plugin_is_shut(points, environment)
+    pth_shut = _why_pth_is_shut(environment)
+    if not plugin_shut:
+        yield Line("ok", "plugin", f"SGLang will load us, by the entry point in {_PLUGIN_GROUP}")
+    elif points and not points.has("plugins"):
+        yield Line("info", "plugin", plugin_shut[0])  # nothing can be done about that
+    else:
+        yield Line("warning" if not pth_shut else "error", "plugin", *plugin_shut)
+    if not pth_shut:
+        yield Line("ok", ".pth file", "every process of this Python lets us in")
+    elif not plugin_shut:
+        yield Line(
+            "warning", ".pth file", f"{pth_shut[0]}; processes without plugins (Ray) stay as they are", pth_shut[1]
+        )
+    else:
+        yield Line("error", ".pth file", *pth_shut)
+
+
+def _why_plugin_is_shut(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Optional[tuple[str, str]]:
+    """What keeps SGLang from loading us, and what to do about it; None if nothing."""
+    entries = importlib.metadata.entry_points(group=_PLUGIN_GROUP)
+    ours = [entry.name for entry in entries if entry.value.split(":")[0] == _PACKAGE]
+    if points and not points.has("plugins"):
+        return f"SGLang {points.release} loads no plugins (0.5.11 and later do)", ""
+    if not ours:
+        return f"there is no entry point of ours in {_PLUGIN_GROUP}", _INSTALL
+    wanted = environment.get("SGLANG_PLUGINS", "")
+    if wanted and ours[0] not in [name.strip() for name in wanted.split(",")]:
+        return f"SGLANG_PLUGINS={wanted!r} leaves {ours[0]} out", f"set SGLANG_PLUGINS={wanted},{ours[0]}"
+    return None
+
+
+def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]]:
+    """Starts a process as a node would be, the switch on, and sees whether we are in. None if we are."""
+    flags = {"-I": sys.flags.isolated, "-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site}
+    started_with = [flag for flag, is_set in {**flags, "-S": sys.flags.no_site}.items() if is_set]
+    child = _child([*started_with, "-c", _CHILD_AT_THE_DOOR], {**environment, _SWITCH: "1"})
+    if "True" in child.stdout.split():
+        return None
+    if sys.flags.no_site:
+        return "this Python runs with -S and reads no .pth file", "start it without -S"
+    files = [folder for folder in map(pathlib.Path, sys.path) if (folder / _PTH).is_file()]
+    if not files:
+        return f"{_PTH} is not there", _INSTALL
+    if f"{_PTH}:" in child.stderr:
+        return f"{files[0] / _PTH} fails: {child.stderr.strip().splitlines()[-3:][0].strip()}", _REINSTALL
+    return f"{files[0]} is no folder whose .pth files this Python reads", _INSTALL
+
+
+def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
+    counts = _STOPS if points and points.has("native probe") else _PARTLY
+    for name, why, effect in (
+        ("wrapt", "without it the patch cannot be put into SGLang", _NO_PROBE),
+        ("prometheus_client", "without it recoveries are not counted", counts),
+    ):
+        distribution = name.replace("_", "-")
+        if importlib.util.find_spec(name) is None:
+            yield Line("error", name, f"{name} is not installed: {why}", f"pip install {distribution}", effect)
+        else:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                yield Line("ok", name, importlib.metadata.version(distribution))
+
+
+# Settings.
+
+
+def _look_at_switch(environment: Mapping[str, str]) -> tuple[Line, Optional[bool]]:
+    value = environment.get(_SWITCH, "").strip()
+    try:
+        enabled = load_settings().FailedSessionProbeSettings.from_environment({_SWITCH: value}).enabled
+    except OSError:
+        enabled = value.lower() in ("true", "1", "yes", "y", "on")
+    except ValueError as refused:
+        return Line("error", _SWITCH, str(refused).rstrip("."), f"set {_SWITCH}=1", _STOPS), True
+    if not value:
+        return Line("info", _SWITCH, "not set: SGLang stays as it is", f"set {_SWITCH}=1 on the prefill nodes"), None
+    return Line("ok" if enabled else "info", _SWITCH, "on" if enabled else "off: no probe at all"), enabled
+
+
+def _look_at_settings(environment: Mapping[str, str], asked_for: Optional[bool]) -> Iterator[Line]:
+    """The value of each setting, and whence it is; a value that is not allowed, in the words that would stop a node."""
+    try:
+        read = load_settings().FailedSessionProbeSettings.from_environment
+    except OSError:
+        return
+    bad = "error" if asked_for else "warning"  # switched off, nobody reads them
+    given = {name: environment.get(name, "").strip() for name in _SETTINGS}
+    refused = False
+    for name, field in _SETTINGS.items():
+        try:
+            value = getattr(read({**_WIDEST, name: given[name]}), field)
+        except ValueError as error:
+            refused = True
+            yield Line(bad, name, str(error).rstrip("."), f"set {name} to what is allowed, or unset it", _STOPS)
+        else:
+            shown = ("on" if value else "off") if isinstance(value, bool) else f"{value:g}"
+            yield Line("ok", name, f"{shown} ({'environment' if given[name] else 'default'})")
+    if not refused:
+        try:
+            read(given)
+        except ValueError as error:  # each is allowed, but not beside the others
+            yield Line(bad, "settings", str(error).rstrip("."), "change one of the two", _STOPS)
+
+
+def _look_at_misspelt(
+    environment: Mapping[str, str], folder: Optional[pathlib.Path], asked_for: Optional[bool]
+) -> Iterator[Line]:
+    """Variables that are nearly ours, and that nothing reads."""
+    known = [_SWITCH, *_SETTINGS]
+    with contextlib.suppress(OSError, TypeError):
+        text = (folder / "srt/environ.py").read_text()  # type: ignore[operator]
+        known += re.findall(r"\bSGLANG_\w*FAILED_SESSION\w*", text)
+    for name in sorted(environment):
+        if name in known or not name.upper().startswith("SGL"):
+            continue
+        is_ours = name.upper().startswith(_OUR_PREFIXES)
+        meant = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.6 if is_ours else 0.85)
+        if meant and meant[0] == _SWITCH and asked_for is None:
+            yield Line("error", "misspelt", f"nothing reads {name}", f"set {_SWITCH} in its place")
+        elif meant and meant[0] not in environment:
+            mark = "error" if asked_for else "warning"
+            yield Line(mark, "misspelt", f"nothing reads {name}", f"set {meant[0]} in its place", _PARTLY)
+        elif meant or is_ours:
+            yield Line("warning", "misspelt", f"nothing reads {name}", "unset it")
+
+
+# The machine.
+
+
+def _look_at_metrics_folder(environment: Mapping[str, str], points: Optional[PatchPoints]) -> Iterator[Line]:
+    subject = "PROMETHEUS_MULTIPROC_DIR"
+    folder = environment.get(subject, "")
+    effect = _STOPS if points and points.has("native probe") else _PARTLY
+    if not folder:
+        yield Line("info", subject, "not set: SGLang makes a folder with --enable-metrics")
+    elif not os.path.isdir(folder):
+        do = "make the folder before the node starts, or unset the variable"
+        yield Line("error", subject, f"{subject}={folder} is no folder, and metrics are kept there", do, effect)
+    elif not os.access(folder, os.W_OK):
+        yield Line("error", subject, f"this user cannot write to {subject}={folder}", "make it writable", effect)
+    else:
+        yield Line("ok", subject, folder)
+
+
+def _look_at_thread_limit(limit: Optional[int]) -> Iterator[Line]:
+    if limit is not None and limit < _FEW_THREADS:
+        finding = f"this container may have {limit} of them; 64 probes may hang in each prefill process"
+        yield Line("warning", "threads", finding, f"raise its limit on processes to {_FEW_THREADS} or more")
+    else:
+        yield Line("ok", "threads", f"this container may have {limit or 'any number'} of them")

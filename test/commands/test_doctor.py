@@ -1,0 +1,367 @@
+"""Does doctor name what is wrong with an environment, and say what a prefill node started there will do?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+
+import doctored
+import pytest
+from environments import EVERYTHING, MOONCAKE, PROMETHEUS, SGLANG, SWITCH, WRAPT, Environment, add_wheel_record
+from installation import CHECKOUT, environment
+from places import place
+from sglang_failed_session_probe import doctor
+
+ON = {SWITCH: "1"}
+INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
+MAX_INTERVAL = "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S"
+SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
+MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
+WILL_PROBE = "A prefill node started here will probe blacklisted sessions."
+WILL_NOT = "A prefill node started here will NOT probe blacklisted sessions, because "
+WILL_NOT_START = "A prefill node started here will NOT start, because "
+
+Make = Callable[..., Environment]
+
+
+# Nothing is wrong.
+
+
+def test_where_nothing_is_wrong_it_says_that_a_prefill_node_will_probe(sound: Environment) -> None:
+    report = sound.doctor(**ON)
+    assert (report.status, report.verdict) == (0, WILL_PROBE)
+    assert [line for line in report.lines if line["mark"] in ("warning", "error")] == []
+    assert (report.whole["sglang"], report.whole["mooncake"]) == (
+        "0.5.23",
+        f"{environment.MOONCAKE} {environment.MOONCAKE_VERSION}",
+    )
+    assert report.line("SGLang")["finding"].startswith("0.5.23, a wheel, in ")
+    assert "_unblacklist_session" in report.line("patch points")["finding"]
+    assert {finding["found"] for finding in report.whole["patch_points"]} == {True}
+
+
+def test_with_the_switch_unset_it_says_that_it_is_off_and_that_is_no_fault(sound: Environment) -> None:
+    report = sound.doctor()
+    assert report.status == 0
+    assert "its own probe included: the switch is off" in report.verdict
+    assert report.line(".pth file")["mark"] == "ok"
+    assert sound.doctor(**{SWITCH: "off"}).verdict.endswith(f"will probe no sessions, as {SWITCH} asks for.")
+
+
+def test_a_person_reads_the_same_lines_and_the_verdict_last(sound: Environment) -> None:
+    began = time.monotonic()
+    done = sound.run("-m", "sglang_failed_session_probe", "doctor", **ON)
+    took_s = time.monotonic() - began
+    lines = done.stdout.splitlines()
+    assert (done.returncode, done.stderr, lines[-1]) == (0, "", WILL_PROBE)
+    assert [line.split()[1] for line in lines[:-1] if line.startswith("ok")][:3] == ["SGLang", "patch", "Mooncake"]
+    assert "\033" not in done.stdout
+    assert took_s < 10, "an operator waits too long for an answer"
+
+
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_it_is_coloured_on_a_terminal_unless_no_color_is_set(
+    variables: dict[str, str], coloured: bool, sound: Environment
+) -> None:
+    terminal, side = os.openpty()
+    command = [sound.python, "-m", "sglang_failed_session_probe", "doctor"]
+    said = b""
+    with subprocess.Popen(command, stdout=side, cwd=sound.site, env={**os.environ, **variables}) as process:
+        os.close(side)
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while part := os.read(terminal, 4096):
+                said += part
+        process.wait(60)
+    os.close(terminal)
+    assert b"patch points" in said
+    assert (b"\033[32m" in said) == coloured
+
+
+def test_it_imports_neither_sglang_nor_torch_nor_mooncake(sound: Environment) -> None:
+    script = (
+        "import os, sys; from sglang_failed_session_probe import doctor; doctor.diagnose(os.environ);"
+        "print({'sglang', 'torch', 'mooncake'} & set(sys.modules))"
+    )
+    done = sound.run("-c", script, **ON)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_no_process_of_it_imports_sglang(made: Make) -> None:
+    here = made(MOONCAKE, WRAPT, PROMETHEUS)
+    here.add("sglang/__init__.py", "raise SystemExit('SGLang was imported')")
+    assert here.doctor(**ON).line("mooncake.engine")["mark"] == "ok"
+
+
+@pytest.mark.parametrize("how", ["by finder", "by path"])
+def test_an_editable_sglang_and_an_editable_package_of_ours_are_as_good(how: str, tmp_path: pathlib.Path) -> None:
+    here = Environment(place("sglang-0.5.23", None, how, tmp_path).python)
+    report = here.doctor(**ON)
+    assert (report.verdict, report.errors) == (WILL_PROBE, [])
+    assert report.line("SGLang")["finding"].startswith("0.5.23, editable")
+    assert str(CHECKOUT) in report.line("package")["finding"]
+
+
+@pytest.mark.parametrize("packages", [(), (SGLANG,), (SGLANG, MOONCAKE), (WRAPT, PROMETHEUS)])
+def test_it_answers_whatever_is_missing(packages: tuple[str, ...], made: Make) -> None:
+    report = made(*packages).doctor(**ON)
+    assert report.status == 1
+    assert report.verdict.startswith((WILL_NOT, WILL_NOT_START))
+
+
+def test_the_keys_of_the_json_object_are_documented(sound: Environment) -> None:
+    for key in (*sound.doctor().whole, "subject", "finding", "do", "needed"):
+        assert key in (doctor.__doc__ or ""), f"nobody is told what {key} is"
+
+
+# SGLang.
+
+
+def test_no_sglang_at_all(made: Make) -> None:
+    report = made(MOONCAKE, WRAPT, PROMETHEUS).doctor(**ON)
+    assert report.errors == ["SGLang"]
+    assert report.verdict.startswith(WILL_NOT_START)
+    assert "finds no SGLang; do this: run doctor with the Python of the prefill node" in report.verdict
+
+
+@pytest.mark.parametrize("build", ["blacklist renamed", "lock renamed", "blacklist is a dict"])
+def test_an_sglang_that_lacks_a_patch_point(build: str, sound: Environment, tmp_path: pathlib.Path) -> None:
+    path = doctored.make(doctored.BUILDS[build], sound.python, tmp_path)
+    report = sound.doctor(PYTHONPATH=str(path), **ON)
+    assert report.errors == ["patch points"]
+    assert report.verdict.startswith(f"{WILL_NOT}SGLang 0.5.23 has no ")
+    assert doctored.BUILDS[build].missing in report.verdict
+    assert "look for a release of sglang-failed-session-probe that supports it" in report.verdict
+
+
+def test_an_sglang_that_keeps_the_blacklist_under_a_second_name(sound: Environment, tmp_path: pathlib.Path) -> None:
+    second_name = doctored.Build(
+        {doctored.CONN: {r"(?m)^( +)(self\.failed_sessions = set\(\))$": r"\1\2\n\1self.dead = self.failed_sessions"}},
+        "",
+    )
+    report = sound.doctor(PYTHONPATH=str(doctored.make(second_name, sound.python, tmp_path)), **ON)
+    assert report.status == 1
+    assert "will perhaps NOT let healed sessions in, because in SGLang 0.5.23 __init__ keeps" in report.verdict
+
+
+# Mooncake.
+
+
+def test_a_mooncake_that_cannot_probe(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    old = environment.with_wheel("sglang-0.5.12.post1+0.3.10.post2", wheel, tmp_path / "venv")
+    report = Environment(old).doctor(**ON)
+    assert report.errors == ["Mooncake"]
+    assert report.verdict.startswith(f"{WILL_NOT}{environment.MOONCAKE} 0.3.10.post2 cannot send probes")
+    assert "0.3.11 or later on the prefill nodes, 0.3.10.post2 or later on the decode nodes" in report.verdict
+
+
+def test_no_mooncake(made: Make) -> None:
+    report = made(SGLANG, WRAPT, PROMETHEUS).doctor(**ON)
+    assert report.errors == ["Mooncake"]
+    assert report.verdict.startswith(f"{WILL_NOT_START}Mooncake is not installed; do this: install the wheel")
+
+
+@pytest.mark.parametrize(
+    ("engine", "mark", "said"),
+    [
+        (
+            "raise ImportError('libibverbs.so.1: cannot open shared object file: No such file or directory')",
+            "error",
+            ("libibverbs.so.1", "apt-get install libibverbs1"),
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "error", ("ends the process with SIGSEGV", "")),
+        ("raise ImportError('GLIBC_2.99 not found')", "error", ("GLIBC_2.99 not found", "")),
+        (
+            "raise ImportError('libcudart.so.12: cannot open shared object file: No such file or directory')",
+            "warning",
+            ("libcudart.so.12, which PyTorch or the driver may bring", "import torch, mooncake.engine"),
+        ),
+    ],
+    ids=["library", "crash", "another reason", "CUDA"],
+)
+def test_an_engine_that_cannot_be_imported(engine: str, mark: str, said: tuple[str, str], made: Make) -> None:
+    here = made(SGLANG, WRAPT, PROMETHEUS)
+    here.add("mooncake/__init__.py", "print('hello')")
+    here.add("mooncake/engine.py", engine)
+    add_wheel_record(here, "mooncake-transfer-engine", "0.3.13")
+    report = here.doctor(**ON)
+    line = report.line("mooncake.engine")
+    assert line["mark"] == mark
+    assert said[0] in line["finding"]
+    assert said[1] in line["do"]
+    assert report.verdict.startswith(WILL_NOT_START if mark == "error" else WILL_PROBE)
+
+
+def test_a_mooncake_that_waits_minutes_to_connect_is_a_warning(made: Make) -> None:
+    here = made(SGLANG, WRAPT, PROMETHEUS)
+    here.add("mooncake/__init__.py", "")
+    here.add("mooncake/engine.py", "class TransferEngine:\n    def send_probe(self): pass\n")
+    add_wheel_record(here, "mooncake-transfer-engine", "0.3.11")
+    report = here.doctor(**ON)
+    assert (report.line("Mooncake")["mark"], report.verdict) == ("warning", WILL_PROBE)
+    assert report.line("Mooncake")["do"] == "install 0.3.12 or later"
+
+
+def test_two_wheels_of_mooncake_over_one_another(made: Make) -> None:
+    here = made(*EVERYTHING)
+    add_wheel_record(here, "mooncake-transfer-engine", "0.3.6")
+    report = here.doctor(**ON)
+    assert report.errors == ["Mooncake"]
+    installed = f"{environment.MOONCAKE} {environment.MOONCAKE_VERSION}"
+    for words in ("2 wheels", "mooncake-transfer-engine 0.3.6", installed, f"the engine is that of {installed}"):
+        assert words in report.verdict
+    assert "do this: pip uninstall -y " in report.verdict
+
+
+# The ways in.
+
+
+def test_a_whitelist_without_us_and_no_pth_file(made: Make) -> None:
+    here = made(*EVERYTHING)
+    (here.site / doctor._PTH).unlink()
+    report = here.doctor(SGLANG_PLUGINS="another, third", **ON)
+    assert ".pth file" in report.errors
+    assert report.verdict.startswith(f"{WILL_NOT}SGLANG_PLUGINS='another, third' leaves failed_session_probe out")
+    assert "do this: set SGLANG_PLUGINS=another, third,failed_session_probe" in report.verdict
+
+
+def test_one_open_door_is_enough_and_the_other_is_a_warning(made: Make) -> None:
+    here = made(*EVERYTHING)
+    report = here.doctor(SGLANG_PLUGINS="another", **ON)
+    assert (report.line("plugin")["mark"], report.verdict) == ("warning", WILL_PROBE)
+    assert here.doctor(SGLANG_PLUGINS="another,failed_session_probe", **ON).line("plugin")["mark"] == "ok"
+    (here.site / doctor._PTH).unlink()
+    report = here.doctor(**ON)
+    assert (report.line(".pth file")["mark"], report.verdict) == ("warning", WILL_PROBE)
+    assert "processes without plugins (Ray)" in report.line(".pth file")["finding"]
+
+
+@pytest.mark.parametrize(("release", "enough"), [("0.5.23", True), ("0.5.10.post1", False)])
+def test_a_python_that_reads_no_pth_file(release: str, enough: bool, made: Make) -> None:
+    here = made(*EVERYTHING, sglang=f"sglang-{release}")
+    report = here.doctor("-S", PYTHONPATH=str(here.site), **ON)
+    assert "runs with -S" in report.line(".pth file")["finding"]
+    assert report.verdict.startswith(WILL_PROBE if enough else WILL_NOT)
+    assert here.doctor(**ON).verdict == WILL_PROBE
+
+
+def test_the_checkout_on_the_path_is_not_an_installation(made: Make) -> None:
+    here = made(*EVERYTHING)
+    for entry in here.site.glob("sglang_failed_session_probe*"):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    report = here.doctor(PYTHONPATH=str(CHECKOUT / "python"), **ON)
+    assert "it is not installed" in report.line("package")["finding"]
+    assert "is no folder whose .pth files this Python reads" in report.line(".pth file")["finding"]
+    assert report.verdict.startswith(WILL_NOT)
+
+
+def test_another_copy_of_our_package_in_front_of_the_installed_one(made: Make, tmp_path: pathlib.Path) -> None:
+    here = made(*EVERYTHING)
+    name = "sglang_failed_session_probe"
+    shutil.copytree(here.site / name, tmp_path / "front" / name)
+    line = here.doctor(PYTHONPATH=str(tmp_path / "front"), **ON).line("package")
+    assert line["mark"] == "warning"
+    assert f"the copy in {tmp_path / 'front' / name} is in front of the installed one" in line["finding"]
+
+
+@pytest.mark.parametrize("change", [pathlib.Path.unlink, lambda file: file.write_text("pass")], ids=["gone", "edited"])
+def test_a_file_of_ours_that_is_not_as_it_was_installed(change: Callable[[pathlib.Path], object], made: Make) -> None:
+    here = made(*EVERYTHING)
+    file = "sglang_failed_session_probe/python/sglang/srt/disaggregation/mooncake/conn.py"
+    change(here.site / file)
+    report = here.doctor(**ON)
+    assert report.errors == ["package"]
+    assert file in report.verdict
+    assert "pip install --force-reinstall" in report.verdict
+
+
+def test_our_package_in_a_zip_file(made: Make, wheel: pathlib.Path) -> None:
+    here = made(*EVERYTHING)
+    report = here.doctor(PYTHONPATH=str(wheel), **ON)
+    assert report.verdict.startswith(WILL_NOT)
+    assert "the files for SGLang's modules are missing" in report.verdict
+
+
+def test_no_wrapt(made: Make) -> None:
+    report = made(SGLANG, MOONCAKE, PROMETHEUS).doctor(**ON)
+    assert report.errors == ["wrapt"]
+    assert report.verdict.startswith(f"{WILL_NOT}wrapt is not installed")
+    assert "No module named 'wrapt'" in report.line(".pth file")["finding"]
+
+
+def test_no_prometheus_client(made: Make) -> None:
+    report = made(SGLANG, MOONCAKE, WRAPT, sglang="sglang-0.5.10.post1").doctor(**ON)
+    assert report.errors == ["prometheus_client"]
+    assert "will probe blacklisted sessions, but not as asked: prometheus_client is not installed" in report.verdict
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{INTERVAL: "nan"}, {SWITCH: "maybe"}, {INTERVAL: "400"}, {MAX_INTERVAL: "10"}, {SETTLE: "-1"}],
+    ids=lambda variables: " ".join(f"{name}={value}" for name, value in variables.items()),
+)
+def test_a_bad_value_is_named_in_the_sentence_that_would_stop_the_node(
+    variables: dict[str, str], sound: Environment
+) -> None:
+    with pytest.raises(ValueError, match="is not allowed") as refused:
+        doctor.load_settings().FailedSessionProbeSettings.from_environment({**ON, **variables})
+    report = sound.doctor(**{**ON, **variables})
+    assert report.status == 1
+    assert report.verdict.startswith(WILL_NOT_START + str(refused.value).rstrip("."))
+
+
+def test_a_bad_value_stops_nobody_while_the_switch_is_off(sound: Environment) -> None:
+    report = sound.doctor(**{INTERVAL: "nan"})
+    assert (report.status, report.line(INTERVAL)["mark"]) == (0, "warning")
+
+
+def test_each_setting_says_whence_it_is(sound: Environment) -> None:
+    report = sound.doctor(**{SETTLE: "2", INTERVAL: "400", MAX_INTERVAL: "500"}, **ON)
+    assert report.line(SETTLE)["finding"] == "2 (environment)"
+    assert report.line(INTERVAL)["finding"] == "400 (environment)"
+    assert report.line("SGLANG_FAILED_SESSION_PROBE_VERIFY")["finding"] == "on (default)"
+    fields = doctor.load_settings().FailedSessionProbeSettings.__dataclass_fields__
+    assert {"enabled", *doctor._SETTINGS.values()} == set(fields), "a setting is not shown"
+
+
+def test_a_misspelt_switch(sound: Environment) -> None:
+    report = sound.doctor(SGLANG_ENABLE_FAILED_SESION_PROBE="1")
+    assert report.errors == ["misspelt"]
+    assert report.verdict.startswith(
+        f"{WILL_NOT}nothing reads SGLANG_ENABLE_FAILED_SESION_PROBE; do this: set {SWITCH}"
+    )
+
+
+def test_a_misspelt_setting(sound: Environment) -> None:
+    report = sound.doctor(SGLANG_FAILED_SESSION_PROBE_SETTLE="2", **ON)
+    assert report.errors == ["misspelt"]
+    assert "will probe blacklisted sessions, but not as asked: nothing reads" in report.verdict
+    assert f"set {SETTLE} in its place" in report.verdict
+
+
+def test_variables_of_sglang_and_others_are_not_taken_for_misspelt_ones(sound: Environment) -> None:
+    others = {"SGLANG_HOST_IP": "127.0.0.1", "SGLANG_ENABLE_TORCH_COMPILE": "1", "MY_FAILED_SESSION_PROBE": "1"}
+    assert not [line for line in sound.doctor(**others, **ON).lines if line["subject"] == "misspelt"]
+
+
+# The machine.
+
+
+def test_a_metrics_folder_that_is_not_there(sound: Environment, tmp_path: pathlib.Path) -> None:
+    report = sound.doctor(**{MULTIPROC: str(tmp_path / "nowhere")}, **ON)
+    assert report.errors == [MULTIPROC]
+    assert report.verdict.startswith(f"{WILL_NOT_START}{MULTIPROC}={tmp_path / 'nowhere'} is no folder")
+    assert sound.doctor(**{MULTIPROC: str(tmp_path)}, **ON).line(MULTIPROC)["mark"] == "ok"
+
+
+@pytest.mark.parametrize(("limit", "mark"), [(512, "warning"), (None, "ok"), (100_000, "ok")])
+def test_a_container_that_may_have_few_threads(limit: int | None, mark: str) -> None:
+    (line,) = doctor._look_at_thread_limit(limit)
+    assert line.mark == mark
