@@ -43,9 +43,15 @@ def is_healthy(port: int) -> bool:
 
 def counter(port: int) -> float | None:
     """COUNTER as /metrics has it, over all processes of the server; None if it is not there. Raises OSError."""
+    values = [value for series, value in metrics(port).items() if series.partition("{")[0] == COUNTER]
+    return sum(values) if values else None
+
+
+def metrics(port: int) -> dict[str, float]:
+    """All series of /metrics, each under its name and labels as they stand there. Raises OSError."""
     with _HTTP.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        values = re.findall(rf"^{COUNTER}(?:{{.*}})? (\S+)$", page.read().decode(), re.MULTILINE)
-    return sum(map(float, values)) if values else None
+        lines = re.findall(r"^([^#\s][^{\s]*(?:{.*})?) (\S+)$", page.read().decode(), re.MULTILINE)
+    return {series: float(value) for series, value in lines}
 
 
 def generate(port: int, body: dict[str, object]) -> tuple[bool, str]:

@@ -62,6 +62,10 @@ class ServerPair:
         """The counter as prefill's /metrics has it, over all of its processes; None if it is not there."""
         return loopback.counter(self._ports.prefill)
 
+    def metrics(self) -> dict[str, float]:
+        """All series of prefill's /metrics. Raises OSError."""
+        return loopback.metrics(self._ports.prefill)
+
     def check(self) -> None:
         """Raise Failure if either server has ended."""
         self._prefill.check()

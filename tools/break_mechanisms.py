@@ -21,7 +21,11 @@ COPIED = ("python", "test", "tools", "pyproject.toml")
 NOT_COPIED = ("__pycache__", "test_bench_rules.py")
 FOLDER = "python/sglang/srt/disaggregation/mooncake"
 SESSIONS, PROBE, CONN = (f"{FOLDER}/{name}.py" for name in ("failed_sessions", "session_probe", "conn"))
+METRICS, LOG = (f"python/sglang/srt/observability/failed_session_{name}.py" for name in ("metrics", "log"))
 UNIT = "test/unit"
+METRICS_TESTS, LOG_TESTS, CONN_TESTS, SESSIONS_TESTS = (
+    f"{UNIT}/test_{name}.py" for name in ("metrics", "log", "conn", "failed_sessions")
+)
 DEADLINE_S = 600.0
 
 
@@ -206,6 +210,51 @@ BREAKS = [
         "pass",
         "test/faults/test_processes.py",
     ),
+    Break(
+        "gauges of dead processes, at a start",
+        METRICS,
+        "            _forget_dead_processes()\n\n    def stop",
+        "            pass\n\n    def stop",
+        METRICS_TESTS,
+    ),
+    Break(
+        "gauges of dead processes, at a blacklisting",
+        METRICS,
+        "self._dead_may_be_left = True",
+        "pass",
+        METRICS_TESTS,
+    ),
+    Break("gauges begin at 0", METRICS, "metric.set(0)", "pass", METRICS_TESTS),
+    Break("gauges end at 0", CONN, "        self.metrics.stop()\n", "", METRICS_TESTS),
+    Break("gauges add up", METRICS, 'multiprocess_mode="livesum"', 'multiprocess_mode="livemax"', METRICS_TESTS),
+    Break("metrics are there from the start", CONN, "prober.metrics.start(", "id(", METRICS_TESTS),
+    Break(
+        "a metric that fails stops nothing", METRICS, "    except Exception:\n", "    except KeyError:\n", METRICS_TESTS
+    ),
+    Break(
+        "a metric is registered once",
+        METRICS,
+        "        if self._metric is None:\n            with self._lock:\n                if self._metric is None:",
+        "        if True:\n            with self._lock:\n                if True:",
+        METRICS_TESTS,
+    ),
+    Break(
+        "the loop hears of a registration",
+        SESSIONS,
+        "            if record.blacklisted:\n                self._wake()",
+        "            if False:\n                pass",
+        METRICS_TESTS,
+    ),
+    Break("lines are summed up", LOG, "if spell.said < LINES_IN_A_SPELL:", "if True:", LOG_TESTS),
+    Break("left out lines are counted", LOG, "if spell.left_out and (over or at_once):", "if False:", LOG_TESTS),
+    Break(
+        "said before a long silence",
+        CONN,
+        "                if wait_s is None:\n                    self._log.sum_up(at_once=True)",
+        "                if wait_s is None:\n                    pass",
+        CONN_TESTS,
+    ),
+    Break("an unreadable peer is told once", SESSIONS, "if not record.told_unreadable:", "if True:", SESSIONS_TESTS),
     # The most important ones once more, on real engines.
     Break(
         "generation check, real engines",
@@ -264,7 +313,7 @@ def red_test(broken: Break) -> str:
             "-p",
             "no:cacheprovider",
             "--timeout",
-            "20" if broken.tests == UNIT else "120",
+            "20" if broken.tests.startswith(UNIT) else "120",
             broken.tests,
         ]
         try:

@@ -25,6 +25,7 @@ import pytest
 from prometheus_client import REGISTRY
 from sglang.srt.disaggregation.mooncake import conn, session_probe
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, PeerMemory
+from sglang.srt.observability import failed_session_log
 
 STRESS_S = float(os.environ.get("FAULTS_STRESS_S", "10"))
 SEED = int(os.environ.get("FAULTS_SEED", time.time_ns() % 1_000_000))
@@ -413,10 +414,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    """What conn logs, and nobody else hears of it: it is too much for a report."""
+    """What is logged, all of it, and nobody else hears of it: it is too much for a report."""
     told = Told()
-    monkeypatch.setattr(conn, "_probe_logger", logging.Logger("told", logging.INFO))
-    conn._probe_logger.addHandler(told)
+    logger = logging.Logger("told", logging.INFO)
+    logger.addHandler(told)
+    monkeypatch.setattr(conn, "_probe_logger", logger)
+    monkeypatch.setattr(failed_session_log, "_logger", logger)
+    monkeypatch.setattr(failed_session_log, "LINES_IN_A_SPELL", sys.maxsize)
     return told
 
 

@@ -1,8 +1,11 @@
-"""Does the demo's scenario hold on real SGLang servers, from a client's request to the counter on /metrics?"""
+"""Does the demo's scenario hold on real SGLang servers, from a client's request to each metric on /metrics?"""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+import re
+import time
 
 import pytest
 
@@ -10,6 +13,9 @@ from demo import scenario, servers, tiny_model
 from tools import environment
 
 CHECKOUT = pathlib.Path(__file__).parents[2]
+OURS = "sglang:failed_session"
+# Two pairs of servers import for a minute each; making their environment has a deadline of its own.
+pytestmark = pytest.mark.timeout(900)
 
 
 class Silent:
@@ -22,14 +28,87 @@ class Silent:
         """Nothing."""
 
 
-@pytest.mark.timeout(600)  # two servers import for a minute; making their environment has a deadline of its own
-def test_a_request_is_served_again_soon_after_the_decode_scheduler_goes_on(tmp_path: pathlib.Path) -> None:
-    release = environment.SHARED_RELEASE
-    wheel = environment.built_wheel("engines", CHECKOUT, tmp_path / "wheel")
-    python = environment.with_wheel(f"sglang-{release}", wheel, tmp_path / "venv")
-    tiny_model.write(tmp_path / "model")
-    with servers.running(python, release, True, tmp_path / "model", tmp_path / "logs", Silent()) as pair:
-        seen = scenario.play(pair, True, Silent())
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """The scenario on a pair of servers, and /metrics of prefill before and after it."""
+
+    outcome: scenario.Outcome
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def names(self) -> set[str]:
+        """The metrics that are no metrics of ours."""
+        names = {series.partition("{")[0] for series in self.after}
+        return {name for name in names if not name.startswith(OURS)}
+
+
+@pytest.fixture(scope="module", params=[environment.SHARED_RELEASE, "0.5.12.post1"])
+def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Story, Story]:
+    """With the feature and without it."""
+    folder = tmp_path_factory.mktemp("servers")
+    name = f"sglang-{request.param}"
+    wheel = environment.built_wheel("engines", CHECKOUT, folder / "wheel")
+    python = environment.with_wheel(name, wheel, folder / "venv")
+    tiny_model.write(folder / "model")
+
+    def play(feature: bool) -> Story:
+        logs = folder / f"logs-{feature}"
+        with servers.running(python, request.param, feature, folder / "model", logs, Silent()) as pair:
+            before = pair.metrics()
+            outcome = scenario.play(pair, feature, Silent())
+            return Story(outcome, before, settled(pair))
+
+    return play(True), play(False)
+
+
+def settled(pair: servers.ServerPair) -> dict[str, float]:
+    """/metrics when no probe is under way any more, where that is told."""
+    deadline = time.monotonic() + 10
+    while (seen := pair.metrics()).get(f"{OURS}_probes_in_flight") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return seen
+
+
+def test_a_request_is_served_again_soon_after_the_decode_scheduler_goes_on(stories: tuple[Story, Story]) -> None:
+    seen = stories[0].outcome
     assert seen.problems() == []
     assert seen.served_after_s is not None
     assert seen.served_after_s < 10
+
+
+def test_every_metric_is_there_from_the_start_and_tells_of_the_fault(stories: tuple[Story, Story]) -> None:
+    before, after = stories[0].before, stories[0].after
+    ours = {series for series in after if series.startswith(OURS)}
+    assert ours == {series for series in before if series.startswith(OURS)}, "an alert on it has no data until a fault"
+    assert {series for series in ours if before[series]} == {f"{OURS}_probes_limit"}
+    told = {series.removeprefix(OURS): after[series] for series in ours if "_bucket" not in series}
+    answered = told['_probes_total{result="answered"}']
+    assert answered >= 3, "two probes and a verification let it in"
+    assert (
+        2 <= told["_probe_duration_seconds_count"] < sum(count for series, count in told.items() if "result=" in series)
+    )
+    assert 1 < told["_outage_duration_seconds_sum"] < 60
+    assert {name: told[name] for name in EXPECTED} == EXPECTED
+
+
+EXPECTED = {
+    "_blacklistings_total": 1,
+    "_recoveries_total": 1,
+    "_drops_total": 0,
+    "s_blacklisted": 0,
+    "_probes_in_flight": 0,
+    "_outage_duration_seconds_count": 1,
+    '_probes_total{result="error"}': 0,
+    '_probes_total{result="unavailable"}': 0,
+}
+
+
+def test_sglangs_own_metrics_are_those_that_it_has_without_us(stories: tuple[Story, Story]) -> None:
+    with_us, without = stories
+    assert without.names() >= {"sglang:num_requests_total", "sglang:num_running_reqs"}, "SGLang tells nothing here"
+    assert with_us.names() == without.names()
+
+
+def test_without_the_feature_there_is_no_metric_of_ours(stories: tuple[Story, Story]) -> None:
+    names = {re.sub(r"[{].*", "", series) for series in stories[1].after if series.startswith(OURS)}
+    assert names <= {scenario.COUNTER}, "only SGLang's own"

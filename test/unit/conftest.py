@@ -1,4 +1,4 @@
-"""How does hypothesis try things out in these tests, and how is a piece of Python run in a process of its own?"""
+"""How does hypothesis try things out, how is a manager made, how is a piece of Python run in a process of its own?"""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from managers import ENABLE, NO_MEMORY, MakeManager
+from sglang.srt.disaggregation.mooncake import conn
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 
 PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 
@@ -33,3 +37,24 @@ def run_python(tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProc
         )
 
     return run
+
+
+@pytest.fixture
+def make_manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeManager]:
+    """Makes standing-alone managers whose engines are Python objects, with the feature on unless told otherwise."""
+    managers = []
+    monkeypatch.setenv(ENABLE, "1")
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0.1")
+    monkeypatch.setattr(conn._FailedSessionProber, "reads_prove_nothing", False)
+
+    def make(engine: Any, role: Any = "prefill") -> Any:
+        monkeypatch.setattr(MooncakeKVManager, "init_engine", lambda self: setattr(self, "engine", engine))
+        manager = MooncakeKVManager(NO_MEMORY, role)
+        engine.manager = manager
+        managers.append(manager)
+        return manager
+
+    yield make
+    for manager in managers:
+        manager.engine.goes_on.set()
+        manager.teardown()

@@ -11,41 +11,34 @@ import subprocess
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fake_engine import REFUSED, Engine, raises
+from managers import (
+    ENABLE,
+    INTERVAL,
+    OTHER,
+    SOME_MEMORY,
+    D,
+    MakeManager,
+    blacklist,
+    blacklisted,
+    many,
+    send,
+    threads,
+    wait_until,
+)
 from prometheus_client import REGISTRY
 from sglang.srt.disaggregation.mooncake import conn, failed_sessions, session_probe
-from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager, PeerMemory
+from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
-
-ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
-INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
-D = "decode:7001"
-OTHER = "other:7002"
-NO_MEMORY = types.SimpleNamespace(kv_data_ptrs=[], kv_data_lens=[], aux_data_ptrs=[], aux_data_lens=[])
-SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
-
-
-def many(number: int) -> list[str]:
-    return [f"decode:{port}" for port in range(1, number + 1)]
-
-
-def wait_until(condition: Callable[[], Any], within_s: float = 5.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    return bool(condition())
+from sglang.srt.observability import failed_session_log, failed_session_metrics
 
 
 def recoveries() -> float:
     return REGISTRY.get_sample_value("sglang:failed_session_recoveries_total") or 0.0
-
-
-def threads(name: str) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == name]
 
 
 # One pass over an object that has only what the native probe uses.
@@ -194,46 +187,6 @@ def test_a_pass_over_an_empty_blacklist_asks_nobody() -> None:
 
 # A manager with its daemon thread.
 
-MakeManager = Callable[..., Any]
-
-
-@pytest.fixture
-def make_manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeManager]:
-    """Makes standing-alone managers whose engines are Python objects, with the feature on unless told otherwise."""
-    managers = []
-    monkeypatch.setenv(ENABLE, "1")
-    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0.1")
-    monkeypatch.setattr(conn._FailedSessionProber, "reads_prove_nothing", False)
-
-    def make(engine: Any, role: Any = "prefill") -> Any:
-        monkeypatch.setattr(MooncakeKVManager, "init_engine", lambda self: setattr(self, "engine", engine))
-        manager = MooncakeKVManager(NO_MEMORY, role)
-        engine.manager = manager
-        managers.append(manager)
-        return manager
-
-    yield make
-    for manager in managers:
-        manager.engine.goes_on.set()
-        manager.teardown()
-
-
-def blacklist(manager: Any, *sessions: str) -> None:
-    """A transfer to each of the sessions fails."""
-    with manager.session_lock:
-        for session in sessions:
-            manager.session_failures[session] += 1
-            manager.failed_sessions.add(session)
-
-
-def blacklisted(manager: Any) -> set[str]:
-    with manager.session_lock:
-        return set(manager.failed_sessions)
-
-
-def send(manager: Any, session: str) -> None:
-    manager.send_blocks(session, [(1, 2, 3)])
-
 
 def test_a_healed_session_is_used_again_after_about_settle_time(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture
@@ -255,7 +208,8 @@ def test_a_healed_session_is_used_again_after_about_settle_time(
     assert dict(manager.session_failures) == {}
     assert wait_until(lambda: recoveries() == before + 1)
     assert "Starting failed-session probe loop (interval=30.0s)" in caplog.messages
-    assert wait_until(lambda: f"Session {D} recovered via probe; un-blacklisted" in caplog.messages)
+    recovered = rf"Session {D} recovered via probe; un-blacklisted \(out for \d\.\d s, 1 requests refused\)"
+    assert wait_until(lambda: [line for line in caplog.messages if re.fullmatch(recovered, line)]), caplog.messages
     assert engine.asked_under_lock == [], "every transfer waits while a peer is asked"
     assert [read[0::2] for read in engine.reads] == [(D, 8192)] * 4
 
@@ -513,7 +467,7 @@ def test_a_probe_that_raises_is_logged_once_for_each_session_and_asked_again(
     assert wait_until(lambda: blacklisted(manager) == {OTHER})
 
 
-def test_a_mooncake_that_cannot_probe_is_told_once_at_the_start_and_then_there_is_silence(
+def test_a_mooncake_that_cannot_probe_is_told_at_the_start_and_once_a_session(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
@@ -524,9 +478,11 @@ def test_a_mooncake_that_cannot_probe_is_told_once_at_the_start_and_then_there_i
     manager = make_manager(engine)
     blacklist(manager, D)
     assert wait_until(lambda: len(engine.asked) > 5)
-    (warning,) = [line for line in caplog.records if line.levelno >= logging.WARNING]
-    assert "mooncake-transfer-engine 0.3.10.post2" in warning.getMessage()
-    assert "0.3.11" in warning.getMessage()
+    start, blacklisting = [line.getMessage() for line in caplog.records if line.levelno >= logging.WARNING]
+    assert "mooncake-transfer-engine 0.3.10.post2" in start
+    assert "0.3.11" in start
+    assert f"Session {D} is blacklisted" in blacklisting
+    assert "it stays out until it registers again" in blacklisting
     assert blacklisted(manager) == {D}
 
 
@@ -606,12 +562,27 @@ def test_held_dropped_and_malformed_sessions_are_named_in_the_log(
     blacklist(manager, D, "nonsense", OTHER)
     assert wait_until(lambda: blacklisted(manager) <= {D})
     texts = [
-        f"Session {D} failed again soon after its recovery; held for 1s",
+        f"Session {D} (relapse 1) failed again soon after its recovery; held for 1s",
         "Session id 'nonsense' is not host:port with a port from 1 to 65535: it is never probed",
-        f"Forgot blacklisted session {OTHER}: no request for 0s",
+        f"Forgot blacklisted session {OTHER}: no request for 0s (out for 0.3 s, 0 requests refused)",
     ]
     assert wait_until(lambda: set(texts) <= set(caplog.messages)), caplog.messages
     assert OTHER not in manager.session_failures
+
+
+def test_of_a_rack_that_fails_and_heals_some_are_named_and_all_are_told_before_the_loop_sleeps(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    manager = make_manager(Engine())
+    blacklist(manager, *many(100))
+    assert wait_until(lambda: not blacklisted(manager))
+    left = failed_session_log.LINES_IN_A_SPELL
+    for kind, text in (("sessions blacklisted", " is blacklisted"), ("sessions let in again", " recovered via probe")):
+        assert wait_until(
+            lambda kind=kind: sum(map(int, re.findall(rf"{kind}: (\d+) more", caplog.text))) == 100 - left
+        ), "nobody hears how many there were until the next fault"
+        assert sum(text in line for line in caplog.messages) == left
 
 
 def test_a_fault_in_the_daemon_thread_is_logged_once_and_does_not_end_it(
@@ -666,7 +637,7 @@ def test_a_metric_that_cannot_be_counted_holds_up_nobody_and_is_said_once(
     """As where PROMETHEUS_MULTIPROC_DIR is no directory."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(conn, "FAILED_SESSION_RECOVERIES", types.SimpleNamespace(inc=raises(FileNotFoundError("gone"))))
-    monkeypatch.setattr(conn, "_metric_fault_said", threading.Event())
+    monkeypatch.setattr(failed_session_metrics, "_fault_said", threading.Event())
     manager = make_manager(Engine())
     for session in (D, OTHER):
         blacklist(manager, session)

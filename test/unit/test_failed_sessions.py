@@ -672,7 +672,9 @@ def test_a_session_that_no_request_asks_for_is_forgotten_after_idle_timeout_and_
     prober.run(0.2)
     assert set(prober.sessions) == set()
     assert prober.removed == [D], "its count of failures is left behind"
-    assert [entry.detail for entry in prober.seen(Event.DROPPED, D)] == [{"idle_s": about(100)}]
+    assert [entry.detail for entry in prober.seen(Event.DROPPED, D)] == [
+        {"idle_s": about(100), "outage_s": about(100), "refused": 0}
+    ]
     assert prober.let_in(D) == []
     assert prober.sleeps_for_good()
 
@@ -1061,3 +1063,38 @@ def test_a_story_is_told_in_events_that_add_up() -> None:
     recovery, second = prober.seen(Event.RECOVERED, D)
     assert recovery.detail == {"outage_s": about(1.0), "refused": 2, "unverified": None}
     assert second.detail["refused"] == 0
+
+
+def test_a_peer_that_answers_and_cannot_be_read_is_told_once_an_outage() -> None:
+    prober = VirtualProber(interval_s=5.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(4.9)
+    assert len(prober.seen("verification", D)) > 2
+    (told,) = prober.seen(Event.UNREADABLE, D)
+    assert told.detail == {"why": "reading its memory gave -1", "outage_s": about(1.0)}
+    prober.run(1)
+    assert prober.let_in(D) == [(about(5.0), "reading its memory gave -1")]
+    prober.fail(D)
+    prober.run(4)
+    assert len(prober.seen(Event.UNREADABLE, D)) == 2, "the reason of the second outage is not told"
+    assert [entry.detail for entry in prober.seen(Event.HELD, D)] == [{"hold_s": 1.0, "relapses": 1}]
+
+
+def test_hung_peers_take_turns_from_the_number_on_that_is_told() -> None:
+    prober = VirtualProber(stuck_limit=64)
+    prober.fail(*(f"decode:{port}" for port in range(1, 201)), peer=HUNG)
+    for _ in range(10):
+        prober.run(30)
+        assert 32 == prober.sessions.most_stuck() <= prober.sessions.in_flight() <= 64, "an alert on it never fires"
+
+
+def test_the_daemon_thread_hears_of_a_registration_and_can_tell_how_many_are_left() -> None:
+    prober = VirtualProber()
+    prober.fail(D, OTHER, peer=HUNG)
+    prober.run(10)
+    assert not prober.is_awake()
+    prober.register(D)
+    assert prober.is_awake(), "the gauge is wrong until the probe of a hung peer returns"
+    prober.run(1)
+    prober.sessions.clear()
+    assert prober.is_awake()

@@ -96,6 +96,7 @@ class Known:
     relapses: int = 0
     hold_until: float = 0.0
     no_read_before: float = 0.0
+    told_unreadable: bool = False  # in this outage
     used_at: Optional[float] = None
     still_unreadable: bool = False  # and that had the same outcome: a second quiet spell is to tell
     to_be_read_again: bool = False  # let in unverified: read once more before it is forgotten
@@ -146,6 +147,7 @@ class Onlooker:
         elif not known.blacklisted:
             known.relapses += 1
             known.hold_until = entry.at + min(2.0 ** (known.relapses - 1), MAX_INTERVAL_S)
+            known.told_unreadable = False
         known.blacklisted = True
         known.failed_at = known.asked_for_at = entry.at
         known.answered_since = known.last_answer = None
@@ -236,6 +238,13 @@ class Onlooker:
     def _read_held(self, entry: Entry, known: Optional[Known]) -> None:
         assert known is not None, "held, and nothing is known of it"
         assert entry.at + entry.detail["hold_s"] == known.hold_until
+        assert entry.detail["relapses"] == known.relapses
+
+    def _read_unreadable(self, entry: Entry, known: Optional[Known]) -> None:
+        assert known is not None, f"{entry.session} is told to be unreadable, and nothing is known of it"
+        assert known.last_answer is Verdict.UNREADABLE
+        assert not known.told_unreadable, "told more than once an outage"
+        known.told_unreadable = True
 
     def _read_malformed(self, entry: Entry, known: Optional[Known]) -> None:
         assert entry.session == MALFORMED

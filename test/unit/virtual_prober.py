@@ -152,6 +152,10 @@ class VirtualProber:
         """True if the daemon thread runs no timer."""
         return self._wakes_at == math.inf
 
+    def is_awake(self) -> bool:
+        """True if the daemon thread was woken and has not run since."""
+        return self._woken
+
     def _wake(self) -> None:
         self._woken = True
 

@@ -6,28 +6,177 @@ So it is imported on first use only: in the prefill scheduler, when the first ma
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import pathlib
 import threading
+from collections.abc import Iterator
 from typing import Any, Optional
 
+from sglang.srt.disaggregation.mooncake.failed_sessions import Event
 
-class LazyCounter:
-    """A Prometheus counter without labels that is registered when it is first used. Any thread may use it."""
+_logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
 
-    def __init__(self, name: str, documentation: str) -> None:
-        self._name = name
-        self._documentation = documentation
+RESULTS = ("answered", "unanswered", "error", "unavailable", "unverified")
+# A live peer answers in 0.2 ms, a dropped attempt to connect ends after 5 s, one that hangs after 60 s.
+_PROBE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_OUTAGE_SECONDS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+
+
+class _LazyMetric:
+    """A Prometheus metric that is registered when it is first used, once in a process. Any thread may use it."""
+
+    def __init__(self, kind: str, name: str, documentation: str, **options: Any) -> None:
+        self._kind = kind
+        self._arguments = (name, documentation)
+        self._options = options
         self._lock = threading.Lock()
-        self._counter: Optional[Any] = None
+        self._metric: Optional[Any] = None
 
     def __getattr__(self, name: str) -> Any:
-        with self._lock:
-            if self._counter is None:
-                from prometheus_client import Counter
+        return getattr(self.register(), name)
 
-                self._counter = Counter(self._name, self._documentation)
-        return getattr(self._counter, name)
+    def register(self) -> Any:
+        """Has Prometheus know the metric, and gives Prometheus's own object."""
+        if self._metric is None:
+            with self._lock:
+                if self._metric is None:
+                    import prometheus_client
+
+                    metric = getattr(prometheus_client, self._kind)(*self._arguments, **self._options)
+                    if self._kind == "Gauge":
+                        metric.set(0)  # a dead process of this pid may have left a file
+                    self._metric = metric
+        return self._metric
 
 
-FAILED_SESSION_RECOVERIES = LazyCounter(
-    "sglang:failed_session_recoveries_total", "Mooncake sessions let in again after a probe."
+def _gauge(name: str, documentation: str) -> _LazyMetric:
+    return _LazyMetric("Gauge", name, documentation, multiprocess_mode="livesum")
+
+
+RECOVERIES = _LazyMetric(
+    "Counter", "sglang:failed_session_recoveries_total", "Mooncake sessions let in again after a probe."
 )
+_BLACKLISTINGS = _LazyMetric(
+    "Counter", "sglang:failed_session_blacklistings_total", "Mooncake sessions put on the blacklist."
+)
+_DROPS = _LazyMetric(
+    "Counter", "sglang:failed_session_drops_total", "Blacklisted Mooncake sessions forgotten: nobody asked for them."
+)
+_PROBES = _LazyMetric(
+    "Counter", "sglang:failed_session_probes_total", "Probes and verifications that ended.", labelnames=("result",)
+)
+_PROBE_DURATION = _LazyMetric(
+    "Histogram",
+    "sglang:failed_session_probe_duration_seconds",
+    "How long a probe took to return.",
+    buckets=_PROBE_SECONDS,
+)
+_OUTAGE_DURATION = _LazyMetric(
+    "Histogram",
+    "sglang:failed_session_outage_duration_seconds",
+    "From blacklisted to let in again.",
+    buckets=_OUTAGE_SECONDS,
+)
+_BLACKLISTED = _gauge("sglang:failed_sessions_blacklisted", "Mooncake sessions on the blacklist.")
+_IN_FLIGHT = _gauge("sglang:failed_session_probes_in_flight", "Probes under way, those that hang included.")
+_LIMIT = _gauge("sglang:failed_session_probes_limit", "Probes in flight from which on hung peers take turns.")
+
+_fault_said = threading.Event()
+
+
+@contextlib.contextmanager
+def harmless() -> Iterator[None]:
+    """Around each use of a metric: one that fails (PROMETHEUS_MULTIPROC_DIR is gone) is said once and stops nothing."""
+    try:
+        yield
+    except Exception:
+        if not _fault_said.is_set():
+            _fault_said.set()
+            _logger.exception(
+                "Failed-session probe: a metric cannot be counted, said once; sessions recover all the same"
+            )
+
+
+class FailedSessionMetrics:
+    """What one manager tells Prometheus. Raises nothing. Any thread, ``session_lock`` not held."""
+
+    def __init__(self) -> None:
+        self._shown: dict[_LazyMetric, int] = {}  # this manager's share of a gauge
+        self._shown_lock = threading.Lock()
+        self._dead_may_be_left = False
+
+    def start(self, most_stuck: int) -> None:
+        """Registers every metric, so that each can be scraped from now on."""
+        for metric in (_BLACKLISTINGS, _DROPS, _PROBE_DURATION, _OUTAGE_DURATION, _BLACKLISTED, _IN_FLIGHT):
+            with harmless():
+                metric.register()
+        for result in RESULTS:
+            with harmless():
+                _PROBES.labels(result)
+        self._show(_LIMIT, most_stuck)
+        with harmless():
+            _forget_dead_processes()
+
+    def stop(self) -> None:
+        """The manager is torn down: nothing of it is left in the gauges."""
+        for gauge in (_BLACKLISTED, _IN_FLIGHT, _LIMIT):
+            self._show(gauge, 0)
+
+    def probed(self, result: str, took_s: Optional[float] = None) -> None:
+        """A probe or verification ended with one of RESULTS; ``took_s``: a probe that returned after so long."""
+        with harmless():
+            _PROBES.labels(result).inc()
+            if took_s is not None:
+                _PROBE_DURATION.observe(took_s)
+
+    def heard(self, event: Event, details: dict[str, Any]) -> None:
+        """Counts an event of the blacklist; recoveries are counted by who knows SGLang's counter."""
+        with harmless():
+            if event is Event.BLACKLISTED:
+                self._dead_may_be_left = True
+                _BLACKLISTINGS.inc()
+            elif event is Event.DROPPED:
+                _DROPS.inc()
+            elif event is Event.RECOVERED:
+                _OUTAGE_DURATION.observe(details["outage_s"])
+
+    def show(self, blacklisted: int, in_flight: int) -> None:
+        """Sets the gauges. Costs next to nothing if they are as before."""
+        self._show(_BLACKLISTED, blacklisted)
+        self._show(_IN_FLIGHT, in_flight)
+        if self._dead_may_be_left:
+            self._dead_may_be_left = False
+            with harmless():
+                _forget_dead_processes()
+
+    def _show(self, gauge: _LazyMetric, value: int) -> None:
+        with harmless(), self._shown_lock:
+            change = value - self._shown.get(gauge, 0)
+            if change:
+                gauge.inc(change)  # another manager of this process may have its share
+                self._shown[gauge] = value
+
+
+def _forget_dead_processes() -> None:
+    """Takes what dead processes left out of the sums of gauges, which ``prometheus_client`` does for nobody."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if not folder:
+        return
+    from prometheus_client.multiprocess import mark_process_dead
+
+    for pid in {file.stem.rpartition("_")[2] for file in pathlib.Path(folder).glob("gauge_live*.db")}:
+        if pid.isdigit() and _is_dead(int(pid)):
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                mark_process_dead(int(pid))  # type: ignore[no-untyped-call]
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's
+        return False
+    return False

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 from sglang.srt.disaggregation.mooncake import failed_sessions as _blacklist
 from sglang.srt.disaggregation.mooncake import session_probe as _session_probe
 from sglang.srt.environ import FailedSessionProbeSettings
+from sglang.srt.observability import failed_session_log as _session_log
+from sglang.srt.observability import failed_session_metrics as _session_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 _probe_logger = logging.getLogger(__name__)
 
 if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has its own
-    from sglang.srt.observability.failed_session_metrics import FAILED_SESSION_RECOVERIES
+    FAILED_SESSION_RECOVERIES = _session_metrics.RECOVERIES
 
 _PROBE_THREAD = "MooncakeFailedSessionProbe"
 _WORKER_THREAD = "MooncakeSessionWorker"
@@ -58,6 +60,11 @@ _ROUND_S_PER_SESSION = 0.0005
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
 _LONGEST_WAIT_S = 3600.0
+# How a verification is counted: its peer has answered, unless it has this verdict.
+_RESULT_OF_VERDICT = {
+    _blacklist.Verdict.UNREADABLE: "unverified",
+    _blacklist.Verdict.UNANSWERED: "unanswered",
+}
 
 
 class _ProbeShutdown(threading.Event):
@@ -98,7 +105,9 @@ class _FailedSessionProber:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader = _session_probe.MemoryReader(manager.engine, lambda session: _registration(manager, session))
         self._thread: Optional[threading.Thread] = None
-        self._raising: set[str] = set()  # sessions whose probes raise, each said once
+        self._can_probe = _session_probe.can_probe(manager.engine)
+        self._log = _session_log.FailedSessionLog(self._can_probe)
+        self.metrics = _session_metrics.FailedSessionMetrics()
         self._fault_said = False
         self.shutdown = _ProbeShutdown.of(
             getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event(), self._inbox
@@ -124,7 +133,9 @@ class _FailedSessionProber:
             try:
                 _, wait_s = self._start_due(workers, self._inbox)
                 workers.release_idle(keep=0 if wait_s is None else self._settings.concurrency)
-                if wait_s is not None:
+                if wait_s is None:
+                    self._log.sum_up(at_once=True)  # it may be long until there is more to say
+                else:
                     wait_s = max(wait_s, min(_LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
                 self._hand_over(self._inbox, wait_s)
             except Exception as fault:
@@ -134,6 +145,8 @@ class _FailedSessionProber:
         while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
             self._hand_over(self._inbox, left_s)
         workers.close()
+        self._log.sum_up(at_once=True)
+        self.metrics.stop()
         atexit.unregister(self.stop)
 
     def _say_fault(self, fault: Exception) -> None:
@@ -177,39 +190,42 @@ class _FailedSessionProber:
                 return started, wait_s
             started += len(questions)
 
-    def _look(self, question: _blacklist.Question) -> Any:
-        """Asks the peer, or verifies it. Runs on a worker thread."""
+    def _look(self, question: _blacklist.Question) -> tuple[Any, float]:
+        """Asks the peer, or verifies it; gives what came of it and the seconds it took. Runs on a worker thread."""
+        began = time.monotonic()
         if question.verify:
-            return self._reader.verify(question.session, question.was_gone)
-        return _session_probe.ask(self._engine, question.session)
+            outcome: Any = self._reader.verify(question.session, question.was_gone)
+        else:
+            outcome = _session_probe.ask(self._engine, question.session)
+        return outcome, time.monotonic() - began
 
     def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:
         """Waits for answers, ``wait_s`` at most, and gives them to the blacklist. Gives how many there were."""
         received = _received(answers, wait_s)
-        for question, _, error in received:
-            if (
-                error is not None
-                and question.session not in self._raising
-                and len(self._raising) < _blacklist.SAID_LIMIT
-            ):
-                self._raising.add(question.session)
-                _probe_logger.warning(
-                    "Probing session %s raised %r (said once); it is asked again", question.session, error
-                )
         fault = None
         with self._lock:
             for question, result, error in received:
                 try:
                     if question.verify:
-                        verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result
+                        verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result[0]
                         self.sessions.verified(question, verdict, why)
                     else:
-                        self.sessions.answered(question, error is None and result == 0)
+                        self.sessions.answered(question, error is None and result[0] == 0)
                 except Exception as raised:  # the other answers count all the same
                     fault = raised
                     self.sessions.lost(question)
         if fault is not None:
             self._say_fault(fault)
+        for question, result, error in received:
+            if error is not None:
+                self._log.probe_raised(question.session, error)
+                self.metrics.probed("error")
+            elif not self._can_probe:
+                self.metrics.probed("unavailable")
+            elif question.verify:
+                self.metrics.probed(_RESULT_OF_VERDICT.get(result[0][0], "answered"))
+            else:
+                self.metrics.probed("answered" if result[0] == 0 else "unanswered", took_s=result[1])
         self._report()
         return len(received)
 
@@ -219,14 +235,16 @@ class _FailedSessionProber:
             try:
                 event, session, details = self.sessions.events.popleft()
             except IndexError:  # another thread may report too
-                return
-            if event in (_blacklist.Event.RECOVERED, _blacklist.Event.DROPPED):
-                self._raising.discard(session)
+                break
             if event is _blacklist.Event.RECOVERED:
-                _tell_recovery(session)
-            if event is _blacklist.Event.VERIFICATION_OFF:
+                _count_recoveries(1)
+            elif event is _blacklist.Event.VERIFICATION_OFF:
                 type(self).reads_prove_nothing = True
-            _log(event, session, details)
+            self.metrics.heard(event, details)
+            self._log.heard(event, session, details)
+        self.metrics.show(len(self.sessions), self.sessions.in_flight())
+        self._log.stuck(self.sessions.stuck(), self.sessions.most_stuck())
+        self._log.sum_up()
 
 
 def _registration(manager: Any, session: Any) -> Any:
@@ -240,36 +258,6 @@ def _most_stuck_probes() -> int:
     if pod_limit is None:
         return _blacklist.STUCK_LIMIT
     return max(_LEAST_STUCK_LIMIT, min(_blacklist.STUCK_LIMIT, int(pod_limit * _SHARE_OF_THREADS)))
-
-
-def _log(event: _blacklist.Event, session: Any, details: dict[str, Any]) -> None:
-    if event is _blacklist.Event.RECOVERED and details["unverified"]:
-        _probe_logger.warning(
-            "Session %s was let in on probation without proof that transfers work: it answers probes, but %s. "
-            "If it fails again, look at the data path between this node and that decode node",
-            session,
-            details["unverified"],
-        )
-    elif event is _blacklist.Event.HELD:
-        _probe_logger.warning(
-            "Session %s failed again soon after its recovery; held for %gs", session, details["hold_s"]
-        )
-    elif event is _blacklist.Event.DROPPED:
-        _probe_logger.info("Forgot blacklisted session %s: no request for %.0fs", session, details["idle_s"])
-    elif event is _blacklist.Event.MALFORMED:
-        _probe_logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
-    elif event is _blacklist.Event.VERIFICATION_OFF:
-        _probe_logger.warning(
-            "Session %s works though its memory cannot be read: reads prove nothing on this transport, "
-            "so from now on this process lets sessions in when they answer probes",
-            session,
-        )
-    elif event is _blacklist.Event.FAULT:
-        _probe_logger.error(
-            "Failed-session probe: a fault of its own at session %s, said once; SGLang is not affected\n%s",
-            session,
-            details["error"],
-        )
 
 
 def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> list[Any]:
@@ -292,25 +280,9 @@ def _transfer_timeout_s() -> float:
         return _blacklist.TRANSFER_TIMEOUT_S
 
 
-def _tell_recovery(session: str) -> None:
-    _probe_logger.info("Session %s recovered via probe; un-blacklisted", session)
-    _count_recoveries(1)
-
-
-_metric_fault_said = threading.Event()
-
-
 def _count_recoveries(number: int) -> None:
-    """Counts, or says once why it cannot: a metric that fails (a missing PROMETHEUS_MULTIPROC_DIR) stops no probe."""
-    try:
+    with _session_metrics.harmless():
         FAILED_SESSION_RECOVERIES.inc(number)
-    except Exception:
-        if not _metric_fault_said.is_set():
-            _metric_fault_said.set()
-            _probe_logger.exception(
-                "Failed-session probe: sglang:failed_session_recoveries_total cannot be counted, said once; sessions "
-                "recover all the same"
-            )
 
 
 class _FailureCount(int):
@@ -345,7 +317,8 @@ def _run_bare_pass(manager: Any) -> None:
                     manager.failed_sessions.discard(session)
                     failures.pop(session, None)
             if back:
-                _tell_recovery(session)
+                _probe_logger.info("Session %s recovered via probe; un-blacklisted", session)
+                _count_recoveries(1)
     workers.close()
 
 
@@ -386,7 +359,7 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
     """Starts the daemon thread of a prefill manager, unless a native one was started, which runs our loop too."""
     native = hasattr(manager, "_failed_session_probe_shutdown")
     mooncake = _session_probe.mooncake_version()
-    _prober_of(manager)
+    prober = _prober_of(manager)
     _probe_logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
     if not _session_probe.can_probe(manager.engine):
         _probe_logger.warning(
@@ -403,7 +376,8 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
             _give_blacklist_back(manager)
             raise
         getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
-    _count_recoveries(0)  # can be scraped from now on
+    prober.metrics.start(prober.sessions.most_stuck())
+    _count_recoveries(0)
 
 
 def _give_blacklist_back(manager: Any) -> None:

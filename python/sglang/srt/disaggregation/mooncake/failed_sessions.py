@@ -94,10 +94,11 @@ class Verdict(enum.Enum):
 class Event(enum.Enum):
     """What happened to a session, with the details in brackets. Logs and metrics listen."""
 
-    BLACKLISTED = "blacklisted"
-    HELD = "held"  # hold_s
+    BLACKLISTED = "blacklisted"  # relapses
+    HELD = "held"  # hold_s, relapses
+    UNREADABLE = "unreadable"  # why, outage_s; once an outage
     RECOVERED = "recovered"  # outage_s, refused, unverified (the reason, or None)
-    DROPPED = "dropped"  # idle_s
+    DROPPED = "dropped"  # idle_s, outage_s, refused
     MALFORMED = "malformed"
     VERIFICATION_OFF = "verification off"
     FAULT = "fault"  # error (a traceback)
@@ -134,6 +135,7 @@ class _Session:
         "relapses",
         "requested_at",
         "still_unreadable",  # on probation: when it had lasted once, its memory could not be read
+        "told_unreadable",  # in this outage
         "unreadable",  # why its memory could not be read, None if that was not found
         "used_at",  # on probation: when a request first used it, or None
         "uses",
@@ -154,6 +156,7 @@ class _Session:
         self.blacklisted_at = now
         self.hold_until = now + hold_s
         self.refused = 0
+        self.told_unreadable = False
         self.was_gone = False
 
     def begin_generation(self, now: float, generation: int) -> None:
@@ -254,6 +257,7 @@ class FailedSessions(set[Any]):
         self._end_checks.clear()
         for line in (self._prompt, self._unproven, self._to_verify):
             line.clear()
+        self._wake()
 
     def pop(self) -> Any:
         """Removes and returns some session; raises KeyError if there is none."""
@@ -389,6 +393,9 @@ class FailedSessions(set[Any]):
             self._not_heard_from(record, now)
         elif verdict is Verdict.UNREADABLE:
             record.unreadable = why
+            if not record.told_unreadable:
+                record.told_unreadable = True
+                self._tell(Event.UNREADABLE, record.id, why=why, outage_s=now - record.blacklisted_at)
             record.verify_after = now + self._verify_pause_s(record, now, took_s=now - question.asked_at)
             self._schedule_next_probe(record, now)
         else:
@@ -406,6 +413,14 @@ class FailedSessions(set[Any]):
     def in_flight(self) -> int:
         """Probes and verifications under way, stuck ones included."""
         return len(self._asked)
+
+    def stuck(self) -> int:
+        """Probes under way that hang."""
+        return self._stuck
+
+    def most_stuck(self) -> int:
+        """How many probes hang before hung peers take turns; what is left is for fresh failures and prompt peers."""
+        return self._stuck_limit - 2 * STUCK_RESERVE
 
     # What was heard.
 
@@ -428,13 +443,13 @@ class FailedSessions(set[Any]):
         if record is None:
             record = self._tracked[session] = _Session(session)
             record.begin_outage(now, hold_s=0.0)
-            self._tell(Event.BLACKLISTED, session)
+            self._tell(Event.BLACKLISTED, session, relapses=0)
         elif not record.blacklisted:
             record.relapses += 1
             hold_s = self._grown(FIRST_HOLD_S, record.relapses - 1)
             record.begin_outage(now, hold_s)
-            self._tell(Event.BLACKLISTED, session)
-            self._tell(Event.HELD, session, hold_s=hold_s)
+            self._tell(Event.BLACKLISTED, session, relapses=record.relapses)
+            self._tell(Event.HELD, session, hold_s=hold_s, relapses=record.relapses)
         record.begin_generation(now, next(self._generations))
         self._check_end(record, now)
         if is_session_id(session):
@@ -453,6 +468,8 @@ class FailedSessions(set[Any]):
         record = self._tracked.pop(session, None)
         if record is not None:
             self._leave_lines(record)
+            if record.blacklisted:
+                self._wake()  # what is told of the length of the blacklist has changed
 
     def _requested(self, session: Any) -> None:
         record = self._tracked[session]
@@ -605,7 +622,8 @@ class FailedSessions(set[Any]):
         super().discard(record.id)
         self._forget(record.id)
         self._on_removed(record.id)
-        self._tell(Event.DROPPED, record.id, idle_s=now - record.requested_at)
+        idle_s, outage_s = now - record.requested_at, now - record.blacklisted_at
+        self._tell(Event.DROPPED, record.id, idle_s=idle_s, outage_s=outage_s, refused=record.refused)
 
     def _is_blacklisted(self, record: _Session) -> bool:
         return record.blacklisted and self._tracked.get(record.id) is record

@@ -1,0 +1,53 @@
+"""What do tests do to a manager whose engine is a Python object, and what do they wait for?"""
+
+from __future__ import annotations
+
+import threading
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.disaggregation.mooncake.conn import PeerMemory
+
+ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
+D = "decode:7001"
+OTHER = "other:7002"
+NO_MEMORY = types.SimpleNamespace(kv_data_ptrs=[], kv_data_lens=[], aux_data_ptrs=[], aux_data_lens=[])
+SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
+
+
+MakeManager = Callable[..., Any]
+
+
+def many(number: int) -> list[str]:
+    return [f"decode:{port}" for port in range(1, number + 1)]
+
+
+def wait_until(condition: Callable[[], Any], within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return bool(condition())
+
+
+def threads(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def blacklist(manager: Any, *sessions: str) -> None:
+    """A transfer to each of the sessions fails."""
+    with manager.session_lock:
+        for session in sessions:
+            manager.session_failures[session] += 1
+            manager.failed_sessions.add(session)
+
+
+def blacklisted(manager: Any) -> set[str]:
+    with manager.session_lock:
+        return set(manager.failed_sessions)
+
+
+def send(manager: Any, session: str) -> None:
+    manager.send_blocks(session, [(1, 2, 3)])
