@@ -1,0 +1,88 @@
+"""sglang-failed-session-probe: which commands does an operator have, and how does each of them end?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn, Optional
+
+PROGRAM = "sglang-failed-session-probe"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments, and what is right, in one line."""
+
+    def parse_known_args(  # type: ignore[override]  # what a subcommand does not know, it says itself
+        self, args: Optional[Sequence[str]] = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        if not line.startswith("argument "):  # else it says what this argument must be
+            line += f" ({' '.join(self.format_usage().split())})"
+        self.exit(2, f"{self.prog}: {line}\n")
+
+
+def main() -> NoReturn:
+    """Runs the command that the arguments name and ends the process."""
+    try:
+        status = _run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        status = 128 + signal.SIGPIPE
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"{PROGRAM}: a fault of its own: {error!r} at {place.filename}:{place.lineno}", file=sys.stderr)
+        status = 1
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    # A thread that returns from Mooncake into an interpreter that shuts down would abort the process.
+    os._exit(status)
+
+
+def _run() -> int:
+    try:
+        arguments = _parser().parse_args()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return int(arguments.run(arguments))
+
+
+def _parser() -> _Parser:
+    from sglang_failed_session_probe import doctor, probe, status
+
+    parser = _Parser(PROGRAM, description="What heals blacklisted Mooncake sessions in SGLang: is it well?")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="doctor|probe|status")
+    for name, module, question in (
+        ("doctor", doctor, "does the patch fit this machine's SGLang and Mooncake?"),
+        ("probe", probe, "does a decode node answer from this machine?"),
+        ("status", status, "what do the metrics of the prefill nodes say?"),
+    ):
+        command = commands.add_parser(name, help=question, description=question[0].upper() + question[1:])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(PROGRAM)
+    except importlib.metadata.PackageNotFoundError:
+        return "from a checkout, not installed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Does a decode node answer from this machine, and can its memory be read? Asks through a real Mooncake engine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import queue
+import socket
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_failed_session_probe.own_files import source_folder
+
+if TYPE_CHECKING:
+    from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
+
+INTERVAL_S = 1.0
+# A refused probe returns within milliseconds. One whose packets are dropped ends with the connect: after 5 s, the
+# default of MC_HANDSHAKE_CONNECT_TIMEOUT, or 134 s up to Mooncake 0.3.11. One that is connected waits 60 s for a reply.
+REFUSED_WITHIN_S = 0.5
+SILENT_FOR_S = (55.0, 100.0)
+# A read that is rejected takes a second at most; one whose packets are dropped at least MC_TRANSFER_TIMEOUT's least.
+READ_REJECTED_WITHIN_S = 4.0
+
+_LONGEST_UNHEARD_S = 0.25  # how long a Ctrl-C may go unheard
+_SAY_WAITING_AFTER_S = 1.0
+_ERASE_LINE = "\r\x1b[K"
+
+NOT_INSTALLED = (
+    "Mooncake is not installed here: run this where SGLang runs, or "
+    "pip install 'sglang-failed-session-probe[mooncake-transfer-engine-non-cuda]'"
+)
+
+
+class _CannotProbe(Exception):
+    """There is no engine to ask with; the message says why and what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``run`` needs."""
+    parser.add_argument("session", metavar="HOST:PORT", type=_session, help="a session id, as SGLang's log names it")
+    parser.add_argument("--count", metavar="N", type=_count, default=1, help="so many probes, a second apart")
+    parser.add_argument(
+        "--verify",
+        metavar="ADDRESS",
+        type=_address,
+        help="also read 8 bytes there; it must be an address that this decode process has registered with Mooncake",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("tcp", "rdma"),
+        help="the transport of --verify; by default MOONCAKE_PROTOCOL, else rdma, as in SGLang",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show what Mooncake itself logs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Probes and says what to check next; 0 if all probes were answered, and verified if that was wanted."""
+    _leave_sglang_out()
+    if not arguments.verbose:
+        _mute_mooncake()
+    session, address = arguments.session, arguments.verify
+    protocol = arguments.protocol or (os.environ.get("MOONCAKE_PROTOCOL", "rdma") if address else "tcp")
+    aside = _Aside()
+    try:
+        engine = aside.do(lambda: _engine_towards(session, protocol))
+    except _CannotProbe as why:
+        print(f"sglang-failed-session-probe probe: {why}", file=sys.stderr)
+        return 1
+    answers = _probe_repeatedly(aside, engine, session, arguments.count)
+    failed = [answer for answer in answers if answer.rc != 0]
+    if failed:
+        print(f"next: {what_next(failed[-1])}")
+    if answers[-1].rc != 0:
+        return 1
+    if address is None:
+        if not failed:
+            print("next: an answer does not prove that transfers work; --verify ADDRESS reads its memory")
+        return 1 if failed else 0
+    return 0 if _verify(aside, engine, session, address) and not failed else 1
+
+
+@dataclasses.dataclass
+class Answer:
+    """What one probe gave, and when."""
+
+    rc: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if self.rc == 0:
+            return f"answered (rc 0) in {_duration(self.seconds)}"
+        words = "host not known" if self.rc == -101 else "no answer" if self.rc == -102 else "failed"
+        return f"{words} (rc {self.rc}) after {_duration(self.seconds)}"
+
+
+def _probe_repeatedly(aside: _Aside, engine: Any, session: str, count: int) -> list[Answer]:
+    from sglang.srt.disaggregation.mooncake.session_probe import ask
+
+    def probe() -> Answer:
+        began = time.monotonic()
+        rc = ask(engine, session)
+        return Answer(rc, time.monotonic() - began)
+
+    answers: list[Answer] = []
+    for number in range(count):
+        if number:
+            time.sleep(max(0.0, INTERVAL_S - answers[-1].seconds))
+        answers.append(aside.do(probe))
+        print(f"{session} {answers[-1]}")
+    if count > 1:
+        times = [answer.seconds for answer in answers if answer.rc == 0]
+        print(f"answered {len(times)} of {count}{_spread(times)}")
+    return answers
+
+
+def _spread(times: list[float]) -> str:
+    figures = ((word, fn(times)) for word, fn in (("min", min), ("median", statistics.median), ("max", max)) if times)
+    return "".join(f", {word} {_duration(seconds)}" for word, seconds in figures)
+
+
+def what_next(answer: Answer) -> str:
+    if answer.rc == -101:
+        return (
+            "look at the host's name: it is not known here, or has an IPv6 address alone and MC_USE_IPV6=1 is not set"
+        )
+    if answer.rc != -102:
+        return "run it again with --verbose: Mooncake's own log says more"
+    if answer.seconds < REFUSED_WITHIN_S:
+        return (
+            "nothing listens on that port, or the way there is rejected: is the decode node up, is this still its "
+            "session (each start takes another port), is its Mooncake 0.3.10.post2 or later?"
+        )
+    if SILENT_FOR_S[0] <= answer.seconds < SILENT_FOR_S[1]:
+        return (
+            "the port takes connections and says nothing: is the decode process stopped or hung, is this its handshake "
+            "port and not another one, does a firewall cut connections?"
+        )
+    return (
+        "packets vanish on the way: look at firewalls, security groups and routes between here and there "
+        "(Mooncake gives up after MC_HANDSHAKE_CONNECT_TIMEOUT, 5 s by default)"
+    )
+
+
+def _verify(aside: _Aside, engine: Any, session: str, address: int) -> bool:
+    from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
+    from sglang.srt.disaggregation.mooncake.session_probe import READ_BYTES, READS_IN_A_ROW, MemoryReader
+
+    reader = MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
+    began = time.monotonic()
+    verdict, why = aside.do(lambda: reader.verify(session))
+    seconds = time.monotonic() - began
+    if verdict is Verdict.READABLE:
+        print(f"transfers work: {READS_IN_A_ROW} reads of {READ_BYTES} bytes at {address:#x} in {_duration(seconds)}")
+        return True
+    if verdict is Verdict.UNREADABLE:
+        print(f"transfers fail: {why} after {_duration(seconds)}")
+    else:
+        print(f"not verified after {_duration(seconds)}: {verdict.value}")
+    print(f"next: {_what_next_to_verify(verdict, address, seconds)}")
+    return False
+
+
+def _what_next_to_verify(verdict: Verdict, address: int, seconds: float) -> str:
+    if verdict.value == "unanswered":
+        return "it answered and then no more: run it again with --count 10"
+    if verdict.value == "cannot tell":
+        return "this Mooncake reads no memory with that protocol: see --protocol"
+    if seconds > READ_REJECTED_WITHIN_S:
+        return "packets to its data port vanish: open it in firewalls (MC_MIN_RPC_PORT to MC_MAX_RPC_PORT there)"
+    return (
+        f"make sure that this very decode process has registered {address:#x} (a restart changes addresses) and uses "
+        "the same protocol; then it is the data path, over TCP a port of its own (MC_MIN_RPC_PORT to MC_MAX_RPC_PORT "
+        "there)"
+    )
+
+
+class _Aside:
+    """Runs what may hang in Mooncake on a thread of its own, so that a Ctrl-C is heard meanwhile."""
+
+    def __init__(self) -> None:
+        from sglang.srt.disaggregation.mooncake.session_probe import Workers
+
+        self._workers = Workers("MooncakeProbe")
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def do(self, job: Callable[[], Any]) -> Any:
+        """Gives what the job gives or raises what it raises; says on a terminal that it waits."""
+        self._workers.start(lambda _: job(), None, self._results)
+        began = time.monotonic()
+        try:
+            while (result := self._result()) is None:
+                _say_waiting(time.monotonic() - began)
+        finally:
+            if sys.stdout.isatty():
+                print(_ERASE_LINE, end="", flush=True)
+        _, given, error = result
+        if error is not None:
+            raise error
+        return given
+
+    def _result(self) -> Any:
+        try:
+            return self._results.get(timeout=_LONGEST_UNHEARD_S)
+        except queue.Empty:
+            return None
+
+
+def _say_waiting(waited_s: float) -> None:
+    if sys.stdout.isatty() and waited_s > _SAY_WAITING_AFTER_S:
+        print(f"{_ERASE_LINE}no answer yet, {waited_s:.0f} s", end="", flush=True)
+
+
+def _engine_towards(session: str, protocol: str) -> Any:
+    """An engine under the address that this machine has towards the peer. Raises _CannotProbe."""
+    from sglang.srt.disaggregation.mooncake import session_probe
+    from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
+
+    os.environ["MOONCAKE_PROTOCOL"] = protocol
+    if session.startswith("["):
+        os.environ["MC_USE_IPV6"] = "1"
+    try:
+        engine = MooncakeTransferEngine(_own_address(session))
+    except ModuleNotFoundError as error:
+        raise _CannotProbe(NOT_INSTALLED if (error.name or "").startswith("mooncake") else str(error)) from error
+    except ImportError as error:
+        raise _CannotProbe(f"Mooncake cannot be imported: {error}") from error
+    except RuntimeError as error:
+        raise _CannotProbe(f"{error} --verbose shows its log; --protocol tcp needs no device") from error
+    if not session_probe.can_probe(engine):
+        raise _CannotProbe(
+            f"{session_probe.mooncake_version()} cannot probe: install Mooncake "
+            f"{session_probe.FIRST_MOONCAKE_WITH_PROBE} or later here"
+        )
+    return engine
+
+
+def _own_address(session: str) -> str:
+    host, _, port = session.rpartition(":")
+    try:
+        family, kind, _, _, peer = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as unsent:
+            unsent.connect(peer)  # sends nothing: the kernel looks up the route
+            return str(unsent.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _leave_sglang_out() -> None:
+    """Makes our files under ``sglang`` importable by their names without SGLang, whose import takes half a minute."""
+    package = types.ModuleType("sglang")
+    package.__path__ = [str(source_folder() / "sglang")]
+    sys.modules.setdefault("sglang", package)
+
+
+def _mute_mooncake() -> None:
+    """Has what Mooncake's own code writes vanish; what this command writes goes where it went before."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, os.fdopen(os.dup(descriptor), "w", buffering=1))
+        os.dup2(nowhere, descriptor)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1000:.2f} ms" if seconds < 0.1 else f"{seconds:.1f} s"
+
+
+def _session(text: str) -> str:
+    _leave_sglang_out()
+    from sglang.srt.disaggregation.mooncake.failed_sessions import is_session_id
+
+    if not is_session_id(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a host and a port from 1 to 65535, as in 10.0.3.7:15412 or [fd00::7]:15412"
+        )
+    return text
+
+
+def _count(text: str) -> int:
+    return _whole_number(text, 10, sys.maxsize, "a whole number greater than 0")
+
+
+def _address(text: str) -> int:
+    base = 16 if text.lower().startswith("0x") else 10
+    return _whole_number(text, base, (1 << 64) - 8, "an address: 0x and hexadecimal digits, or a decimal number")
+
+
+def _whole_number(text: str, base: int, most: int, allowed: str) -> int:
+    try:
+        number = int(text, base)
+    except ValueError:
+        number = 0
+    if not 0 < number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+    return number

@@ -1,0 +1,312 @@
+"""What do the metrics of the prefill nodes say: how many sessions are blacklisted, and why do they not come back?"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import http.client
+import json
+import math
+import os
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Optional
+
+DEFAULT_URL = "http://127.0.0.1:30000/metrics"
+DEADLINE_S = 5.0
+# A blacklisted session that does not hang is asked within 0.9 s, so two readings this far apart tell how it answers.
+APART_S = 1.0
+WATCH_S = 2.0
+
+_OURS = "sglang:failed_session"
+_PROBES = f"{_OURS}_probes_total"
+_OUTAGE = f"{_OURS}_outage_duration_seconds"
+_SWITCH_ON = "set SGLANG_ENABLE_FAILED_SESSION_PROBE=1 there, and ask `sglang-failed-session-probe doctor`"
+_RED, _YELLOW = 31, 33
+
+
+@dataclasses.dataclass
+class Node:
+    """What one prefill node says of itself; None for what its page does not tell. Counts are since it started."""
+
+    url: str
+    readable: bool = False
+    blacklisted: Optional[int] = None
+    recoveries: Optional[int] = None
+    blacklistings: Optional[int] = None
+    drops: Optional[int] = None
+    in_flight: Optional[int] = None
+    limit: Optional[int] = None
+    probes: dict[str, int] = dataclasses.field(default_factory=dict)
+    outages: Optional[int] = None
+    median_outage_s: Optional[float] = None
+    stuck: str = ""  # in words, and what to do
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``run`` needs."""
+    parser.add_argument(
+        "--url", action="append", type=_url, help=f"a prefill node's metrics, may be repeated (default {DEFAULT_URL})"
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        metavar="SECONDS",
+        type=_seconds,
+        const=WATCH_S,
+        help=f"again every {WATCH_S:g} s, or that many",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table, a line each time")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Shows the table; 1 if the figures of any node could not be read. With ``--watch`` until a KeyboardInterrupt."""
+    pages = _Pages(arguments.url or [DEFAULT_URL])
+    before, nodes = None, pages.read()
+    if any(node.blacklisted for node in nodes):
+        time.sleep(APART_S)
+        before, nodes = nodes, pages.read()
+    _explain(nodes, before)
+    while arguments.watch:
+        _show(nodes, arguments.json, watching=True)
+        time.sleep(arguments.watch)
+        before, nodes = nodes, pages.read()
+        _explain(nodes, before)
+    _show(nodes, arguments.json, watching=False)
+    return 0 if all(node.readable for node in nodes) else 1
+
+
+# Reading.
+
+
+class _Pages:
+    """The nodes' pages, read side by side. A page that never ends holds up one thread, however often it is read."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self._urls = urls
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=len(urls))
+        self._readings: dict[int, concurrent.futures.Future[Node]] = {}
+
+    def read(self) -> list[Node]:
+        """What the nodes say now; takes DEADLINE_S at most, and a moment."""
+        for place, url in enumerate(self._urls):
+            if place not in self._readings or self._readings[place].done():
+                self._readings[place] = self._pool.submit(_read, url)
+        concurrent.futures.wait(self._readings.values(), timeout=DEADLINE_S + 0.5)
+        readings = zip(self._urls, self._readings.values(), strict=True)
+        return [reading.result() if reading.done() else _silent(url) for url, reading in readings]
+
+
+def _silent(url: str) -> Node:
+    return Node(url, stuck=f"no answer within {DEADLINE_S:g} s: is the node up, is this the right port?")
+
+
+def _read(url: str) -> Node:
+    try:
+        return _node(url, _page(url))
+    except urllib.error.HTTPError as error:
+        todo = "start it with --enable-metrics" if error.code == 404 else "is this SGLang's /metrics?"
+        return Node(url, stuck=f"HTTP {error.code}: {todo}")
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            return _silent(url)
+        why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        return Node(url, stuck=f"no answer ({why}): is the node up, is this the right port?")
+    except Exception as error:  # the parser raises all kinds
+        return Node(url, stuck=f"no page of metrics ({' '.join(str(error).split())}): is this SGLang's /metrics?")
+
+
+def _page(url: str) -> str:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(url, timeout=DEADLINE_S) as response:
+        return str(response.read().decode())
+
+
+def _node(url: str, page: str) -> Node:
+    """What a page of metrics says. Raises whatever the parser does if it is none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    ours = "".join(line + "\n" for line in page.splitlines() if _OURS in line)
+    totals: dict[str, float] = collections.defaultdict(float)
+    probes: dict[str, float] = collections.defaultdict(float)
+    buckets: dict[float, float] = collections.defaultdict(float)
+    for family in text_string_to_metric_families(ours):
+        for sample in family.samples:
+            totals[sample.name] += sample.value
+            if sample.name == _PROBES:
+                probes[sample.labels.get("result", "")] += sample.value
+            elif sample.name == f"{_OUTAGE}_bucket":
+                buckets[float(sample.labels["le"])] += sample.value
+
+    def number(name: str) -> Optional[int]:
+        return _whole(totals.get(f"{_OURS}{name}"))
+
+    node = Node(
+        url,
+        blacklisted=number("s_blacklisted"),
+        recoveries=number("_recoveries_total"),
+        blacklistings=number("_blacklistings_total"),
+        drops=number("_drops_total"),
+        in_flight=number("_probes_in_flight"),
+        limit=number("_probes_limit"),
+        probes={result: _whole(value) or 0 for result, value in sorted(probes.items())},
+        outages=_whole(totals.get(f"{_OUTAGE}_count")),
+        median_outage_s=_median(buckets),
+    )
+    node.readable = node.blacklisted is not None
+    if not node.readable:
+        node.stuck = _what_is_missing(page, totals)
+    return node
+
+
+def _what_is_missing(page: str, totals: dict[str, float]) -> str:
+    if f"{_OURS}s_blacklisted" in totals:
+        return f"{_OURS}s_blacklisted is not a number: its metrics are broken"
+    if totals:
+        return f"only SGLang's own counter, this probe is off: {_SWITCH_ON}"
+    if "sglang:" in page:
+        return f"no metrics of this probe, it is off or this is no prefill node: {_SWITCH_ON}"
+    return "no metrics of SGLang: start it with --enable-metrics"
+
+
+def _whole(value: Optional[float]) -> Optional[int]:
+    return round(value) if value is not None and math.isfinite(value) else None
+
+
+def _median(buckets: dict[float, float]) -> Optional[float]:
+    """An estimate from cumulated buckets; beyond the last bound, that bound. None if they are empty."""
+    half = buckets.get(math.inf, 0.0) / 2
+    if not 0 < half < math.inf:
+        return None
+    lower, below = 0.0, 0.0
+    for bound in sorted(buckets):
+        if buckets[bound] >= half:
+            share = (half - below) / (buckets[bound] - below)
+            return lower if bound == math.inf else lower + share * (bound - lower)
+        lower, below = bound, buckets[bound]
+    return None
+
+
+# Telling.
+
+
+def _explain(nodes: list[Node], before: Optional[list[Node]]) -> None:
+    for place, node in enumerate(nodes):
+        if node.readable:
+            node.stuck = _stuck(node, _results_since(node, before[place] if before else None))
+
+
+def _results_since(node: Node, before: Optional[Node]) -> dict[str, int]:
+    """How probes ended since the reading before; since its start if there was none or it has started meanwhile."""
+    earlier = before.probes if before else {}
+    if any(node.probes.get(result, 0) < count for result, count in earlier.items()):
+        earlier = {}
+    return {result: count - earlier.get(result, 0) for result, count in node.probes.items()}
+
+
+def _stuck(node: Node, ended: dict[str, int]) -> str:
+    if not node.blacklisted:
+        return "nothing is blacklisted"
+    reasons = [words for result, words in _RESULTS.items() if ended.get(result)]
+    if ended.get("unverified") and _RESULTS["answered"] in reasons:
+        reasons.remove(_RESULTS["answered"])
+    if node.in_flight and node.limit and node.in_flight >= node.limit:
+        reasons.append("stuck probes at their bound, hung peers take turns")
+    elif not reasons and node.in_flight:
+        reasons.append("probes hang: a stopped process or dropped packets")
+    return f"{node.blacklisted} blacklisted: {'; '.join(reasons) or 'no probe has ended, look at its log'}"
+
+
+_RESULTS = {
+    "unanswered": "they do not answer",
+    "unverified": "they answer and cannot be verified, look at the data path",
+    "answered": "they answer, let in once settled, verified and not held",
+    "error": "probes raise, see the log",
+    "unavailable": "cannot be probed, Mooncake is too old",
+}
+
+
+def _show(nodes: list[Node], as_json: bool, watching: bool) -> None:
+    if as_json:
+        print(json.dumps([dataclasses.asdict(node) for node in nodes]), flush=True)
+        return
+    lines = _table(nodes)
+    if not watching:
+        print("\n".join(lines))
+        return
+    lines.insert(0, time.strftime("%H:%M:%S"))
+    if sys.stdout.isatty():  # to the top, over what was there, and away with the rest
+        print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
+    else:
+        print("\n".join(lines) + "\n", flush=True)
+
+
+_HEADINGS = ("node", "blacklisted", "recoveries", "blacklistings", "drops", "in flight", "outage", "probes", "state")
+
+
+def _table(nodes: list[Node]) -> list[str]:
+    rows = [_HEADINGS, *map(_row, nodes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for node, row in zip([None, *nodes], rows, strict=True):
+        first, *middle, probes, state = row
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(middle, widths[1:-2], strict=True)]
+        lines.append("  ".join([*cells, probes.ljust(widths[-2]), _coloured(state, node)]))
+    return lines
+
+
+def _row(node: Node) -> tuple[str, ...]:
+    def number(value: Optional[int]) -> str:
+        return "-" if value is None else str(value)
+
+    outage = f"{node.median_outage_s:.1f} s of {node.outages}" if node.median_outage_s is not None else "-"
+    probes = ", ".join(f"{count} {result}" for result, count in node.probes.items() if count) or "-"
+    return (
+        node.url.removeprefix("http://").removesuffix("/metrics"),
+        number(node.blacklisted),
+        number(node.recoveries),
+        number(node.blacklistings),
+        number(node.drops),
+        f"{number(node.in_flight)}/{number(node.limit)}",
+        outage,
+        probes,
+        node.stuck,
+    )
+
+
+def _coloured(state: str, node: Optional[Node]) -> str:
+    colour = node and (_RED if not node.readable else _YELLOW if node.blacklisted else None)
+    if not colour or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return state
+    return f"\x1b[{colour}m{state}\x1b[0m"
+
+
+# Arguments.
+
+
+def _url(text: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL as in http://prefill:30000")
+    return text if parts.path.strip("/") else urllib.parse.urlunsplit(parts._replace(path="/metrics"))
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not APART_S <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {APART_S:g} to 86400")
+    return seconds
