@@ -89,6 +89,7 @@ def test_what_an_operator_installs_asks_and_removes(checkout: pathlib.Path, tmp_
             here = re.sub(rf"{NODE_URL}\d:30000", url, command).replace(SESSION, decode.session)
             here = here.replace("HOST:PORT", decode.session).replace("/tmp/", "dist/")
             here = here.replace("PID", str(decode.process.pid))
+            here = re.sub("^pip ", "python -m pip ", here)  # the environment has no pip of its own
             switch = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "1", "PATH": f"{python.parent}:/usr/bin:/bin"}
             done = subprocess.run(
                 f"timeout --signal INT 3 {here}" if "--watch" in here else here,

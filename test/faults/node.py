@@ -187,7 +187,7 @@ def _stands_still(pid: int) -> bool:
 def serve(role: str, handshake_port: int) -> None:
     """The body of the process. `handshake_port` is the one it must have, 0: any."""
     from faulty_engine import faulty_engine_of
-    from prometheus_client import REGISTRY
+    from prometheus_client import REGISTRY, start_http_server
     from sglang.srt.disaggregation.mooncake import failed_sessions
     from sglang.srt.disaggregation.mooncake.conn import KVTransferError, PeerMemory
 
@@ -233,6 +233,8 @@ def serve(role: str, handshake_port: int) -> None:
         "failures": lambda: dict(manager.session_failures),
         "threads": lambda: sorted(thread.name for thread in threading.enumerate()),
         "recoveries": lambda: REGISTRY.get_sample_value("sglang:failed_session_recoveries_total"),
+        "show_limit": lambda: manager._failed_session_prober.metrics.start(manager.failed_sessions.most_stuck()),
+        "serve_metrics": lambda port: start_http_server(port, addr="127.0.0.1")[0].server_port,
         "teardown": teardown,
         "send_blocks": send_blocks,
         "fill_part": lambda byte, offset, length: ctypes.memset(address + offset, byte, length) and None,
