@@ -101,7 +101,7 @@ def in_front_of(name: str, folder: pathlib.Path) -> pathlib.Path:
 def _made(name: str) -> pathlib.Path:
     folder = _folder(name)
     recipe = _recipe(name)
-    with _locked(name):
+    with locked(name):
         if not _is_finished(folder, recipe):
             say(f"making {folder}")
             started = time.monotonic()
@@ -242,18 +242,18 @@ def _pip_install(path: pathlib.Path, *arguments: str, pip: pathlib.Path | None =
 
 def _pip(what: str, path: pathlib.Path, *arguments: str, pip: pathlib.Path | None = None) -> None:
     command = [str(path), "-m", "pip", what, "--quiet", "--disable-pip-version-check", *arguments]
-    done = _run(command, **({"PYTHONPATH": str(pip)} if pip else {}))
+    done = run(command, **({"PYTHONPATH": str(pip)} if pip else {}))
     if done.returncode:
         raise CannotMake(f"pip {what} {' '.join(arguments)} failed:\n{done.stdout[-2000:]}")
 
 
 def _check_torch(path: pathlib.Path) -> None:
-    done = _run([str(path), "-c", "import torch; print(torch.__version__)"])
+    done = run([str(path), "-c", "import torch; print(torch.__version__)"])
     if not done.stdout.strip().endswith("+cpu"):
         raise CannotMake(f"torch is not a CPU build: {done.stdout[-500:]}")
 
 
-def _run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command with no input and both of its outputs in `stdout`; an interrupt ends it with all its children."""
     process = subprocess.Popen(
         command,
@@ -312,15 +312,16 @@ def _need_debian_packages() -> None:
     if os.geteuid() == 0 and shutil.which("apt-get"):
         say(f"installing Debian packages: {' '.join(missing)}")
         # Whether this did what was needed is looked at afterwards: one dead source among many does no harm.
-        _run(["apt-get", "update"])
-        _run(["apt-get", "install", "-y", "--no-install-recommends", *missing], DEBIAN_FRONTEND="noninteractive")
+        run(["apt-get", "update"])
+        run(["apt-get", "install", "-y", "--no-install-recommends", *missing], DEBIAN_FRONTEND="noninteractive")
         missing = _missing_debian_packages()
     if missing:
         raise CannotMake(f"please install what Mooncake and Python need: apt-get install {' '.join(missing)}")
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
+    """Keep other processes from making `name` meanwhile. Raises CannotMake if one of them takes half an hour."""
     VENVS.mkdir(parents=True, exist_ok=True)
     with open(VENVS / f"{name}.lock", "w") as lock:
         deadline = time.monotonic() + DEADLINE_S
