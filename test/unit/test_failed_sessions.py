@@ -401,6 +401,23 @@ def test_a_peer_that_cannot_be_verified_is_let_in_after_interval_with_the_reason
     assert prober.let_in(D) == [(about(first_answer + 30), UNREADABLE)]
 
 
+def test_a_data_path_that_is_broken_for_hours_is_looked_at_in_each_outage() -> None:
+    """The hold is then as long as the wait to be let in unverified: what was seen in an outage before proves nothing."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    looks = 0
+    for _ in range(20):
+        while prober.request(D):
+            prober.run(10)
+        assert len(prober.moments("verification", D)) > looks, "let in unverified without a look"
+        looks = len(prober.moments("verification", D))
+        prober.fail(D)
+    prober.becomes(D, HEALTHY)
+    while prober.request(D):
+        prober.run(10)
+    assert prober.let_in(D)[-1][1] is None, "it can be read, and is let in with a warning"
+
+
 def test_a_peer_that_cannot_be_verified_waits_twice_as_long_after_each_relapse_up_to_max_interval() -> None:
     prober = VirtualProber(interval_s=10.0, max_interval_s=60.0)
     waits = []

@@ -135,8 +135,7 @@ class _Session:
         "relapses",
         "requested_at",
         "still_unreadable",  # on probation: when it had lasted once, its memory could not be read
-        "told_unreadable",  # in this outage
-        "unreadable",  # why its memory could not be read, None if that was not found
+        "unreadable",  # why its memory could not be read in this outage, None if that was not found
         "used_at",  # on probation: when a request first used it, or None
         "uses",
         "verify_after",
@@ -149,14 +148,13 @@ class _Session:
         self.relapses = 0
         self.verify_after = 0.0
         self.has_end_check = False
-        self.unreadable: Optional[str] = None
 
     def begin_outage(self, now: float, hold_s: float) -> None:
         self.blacklisted = True
         self.blacklisted_at = now
         self.hold_until = now + hold_s
         self.refused = 0
-        self.told_unreadable = False
+        self.unreadable: Optional[str] = None
         self.was_gone = False
 
     def begin_generation(self, now: float, generation: int) -> None:
@@ -392,10 +390,9 @@ class FailedSessions(set[Any]):
         elif verdict is Verdict.UNANSWERED:
             self._not_heard_from(record, now)
         elif verdict is Verdict.UNREADABLE:
-            record.unreadable = why
-            if not record.told_unreadable:
-                record.told_unreadable = True
+            if record.unreadable is None:
                 self._tell(Event.UNREADABLE, record.id, why=why, outage_s=now - record.blacklisted_at)
+            record.unreadable = why
             record.verify_after = now + self._verify_pause_s(record, now, took_s=now - question.asked_at)
             self._schedule_next_probe(record, now)
         else:
