@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 
+import prometheus
 import pytest
 from installation import CHECKOUT, environment
 from node import Node
@@ -46,7 +47,7 @@ def of(program: str) -> list[str]:
 
 
 def test_no_command_of_the_docs_is_left_out_here() -> None:
-    tried = ("make", "pip", "sglang-failed-session-probe", "kill")
+    tried = ("make", "pip", "sglang-failed-session-probe", "kill", "promtool", "kubectl")
     assert [command for command in commands() if command.split(" ")[0] not in tried] == []
     assert len(commands()) > 15
 
@@ -57,6 +58,30 @@ def test_every_target_of_the_docs_is_one(command: str) -> None:
     done = subprocess.run([*command.split(), "--dry-run"], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_promtool_is_content_with_the_rules_and_with_what_kubectl_is_given(tmp_path: pathlib.Path) -> None:
+    try:
+        programs = prometheus.folder()
+    except environment.CannotMake as error:
+        pytest.skip(f"there is no promtool: {error}")
+
+    def run(command: str) -> str:
+        done = subprocess.run(command, shell=True, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    for command in of("promtool"):
+        run(f"{programs}/{command}")
+    (applied,) = re.findall(
+        r"^    (kubectl apply.*?^    END)$", (CHECKOUT / "deploy/README.md").read_text(), re.S | re.M
+    )
+    given = run("kubectl() { cat; }\n" + applied.replace("\n    ", "\n"))
+    header, rules = given.split("spec:\n")
+    assert "kind: PrometheusRule" in header
+    file = tmp_path / "rules.yml"
+    file.write_text("".join(line.removeprefix("  ") + "\n" for line in rules.splitlines()))
+    run(f"{programs}/promtool check rules {file}")
 
 
 @pytest.fixture

@@ -402,7 +402,7 @@ def test_a_peer_that_cannot_be_verified_is_let_in_after_interval_with_the_reason
 
 
 def test_a_data_path_that_is_broken_for_hours_is_looked_at_in_each_outage() -> None:
-    """The hold is then as long as the wait to be let in unverified: what was seen in an outage before proves nothing."""
+    """The hold is then as long as the wait to be let in unverified, and what was seen before proves nothing."""
     prober = VirtualProber()
     prober.fail(D, peer=DATA_PORT_REJECTED)
     looks = 0
