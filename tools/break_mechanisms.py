@@ -183,19 +183,19 @@ BREAKS = [
         "                except ZeroDivisionError as raised:",
     ),
     Break(
-        "a metric that raises holds up nobody",
-        CONN,
-        "        FAILED_SESSION_RECOVERIES.inc(number)\n    except Exception:",
-        "        FAILED_SESSION_RECOVERIES.inc(number)\n    except ZeroDivisionError:",
-    ),
-    Break(
         "idle threads beyond concurrency end",
         CONN,
         "keep=0 if wait_s is None else self._settings.concurrency",
         "keep=0 if wait_s is None else 10**9",
     ),
     Break("the plain set comes back", CONN, "            _give_blacklist_back(manager)\n", ""),
-    Break("raising probes are said up to a bound", CONN, "and len(self._raising) < _blacklist.SAID_LIMIT", "and True"),
+    Break(
+        "raising probes are said up to a bound",
+        LOG,
+        " or len(self._raising) >= failed_sessions.SAID_LIMIT",
+        "",
+        LOG_TESTS,
+    ),
     Break(
         "unknown addresses fail nothing",
         PROBE,
@@ -254,7 +254,15 @@ BREAKS = [
         "                if wait_s is None:\n                    pass",
         CONN_TESTS,
     ),
-    Break("an unreadable peer is told once", SESSIONS, "if not record.told_unreadable:", "if True:", SESSIONS_TESTS),
+    Break("an unreadable peer is told once", SESSIONS, "if record.unreadable is None:\n", "if True:\n", SESSIONS_TESTS),
+    Break(
+        "a look at the data path in each outage",
+        SESSIONS,
+        "        self.unreadable: Optional[str] = None\n",
+        "        self.unreadable: Optional[str] = getattr(self, 'unreadable', None)\n",
+        SESSIONS_TESTS,
+    ),
+    Break("the gap counts from when it was asked", SESSIONS, "record.asked_at + gap_s - now", "gap_s", SESSIONS_TESTS),
     # The most important ones once more, on real engines.
     Break(
         "generation check, real engines",

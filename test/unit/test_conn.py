@@ -647,16 +647,6 @@ def test_a_metric_that_cannot_be_counted_holds_up_nobody_and_is_said_once(
     assert "could not start" not in caplog.text
 
 
-def test_sessions_whose_probes_raise_are_said_up_to_a_bound(
-    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(failed_sessions, "SAID_LIMIT", 5)
-    engine = Engine(probe=raises(RuntimeError("broken")))
-    blacklist(make_manager(engine), *many(12))
-    assert wait_until(lambda: set(engine.asked) == set(many(12)))
-    assert len([line for line in caplog.messages if "raised RuntimeError" in line]) <= 5
-
-
 @pytest.mark.parametrize(("timeout", "factor"), [(None, 1.0), ("5", 1.0), ("30", 1.0), ("120", 4.0), ("nonsense", 1.0)])
 def test_a_probation_is_longer_where_a_transfer_takes_longer_to_fail(
     timeout: str | None, factor: float, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import pytest
+from sglang.srt.disaggregation.mooncake import failed_sessions
 from sglang.srt.disaggregation.mooncake.failed_sessions import Event
 from sglang.srt.observability.failed_session_log import LINES_IN_A_SPELL, SPELL_S, FailedSessionLog
 
@@ -188,3 +189,11 @@ def test_probes_that_hang_up_to_their_bound_are_said_once_until_half_have_come_b
         told += [(hung, *line) for line in story.lines()]
     text = "Failed-session probe: 992 probes hang, as many as may; peers that hang are asked in turns now"
     assert told == [(992, "WARNING", text)] * 2
+
+
+def test_sessions_whose_probes_raise_are_said_up_to_a_bound(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept to say it once must not grow with what comes in from outside."""
+    monkeypatch.setattr(failed_sessions, "SAID_LIMIT", 5)
+    for session in RACK[:12]:
+        story.log.probe_raised(session, RuntimeError("broken"))
+    assert len(story.lines()) == 5
