@@ -12,7 +12,8 @@ test: network-tools
 	$(PYTHON) tools/environment.py sglang-0.5.23
 	$(ENGINES) -m pytest -n 2 test/unit
 	$(ENGINES) -m pytest -n 8 test/faults
-	$(ENGINES) -m pytest test/deploy test/docs test/commands test/doors test/servers test/stock
+	$(ENGINES) -m pytest -n 3 test/commands test/docs
+	$(ENGINES) -m pytest test/deploy test/doors test/servers test/stock
 
 # What needs no SGLang.
 test-fast: network-tools

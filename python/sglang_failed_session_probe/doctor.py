@@ -224,12 +224,20 @@ sys.modules["sglang"] = types.ModuleType("sglang")
 sys.modules["sglang"].__path__ = [sys.argv[2]]
 from sglang.srt.disaggregation.mooncake import session_probe
 print(json.dumps(session_probe.thread_limit_of_pod()), file=answers)
-try:
+def can_probe():
     import mooncake.engine
+    return session_probe.can_probe(mooncake.engine.TransferEngine)
+try:
+    answer = can_probe()
 except BaseException as error:
-    print(json.dumps(f"{type(error).__name__}: {error}"), file=answers)
-else:
-    print(json.dumps(session_probe.can_probe(mooncake.engine.TransferEngine)), file=answers)
+    answer = f"{type(error).__name__}: {error}"
+    if ".so" in answer:
+        try:
+            import torch  # as SGLang does before: it brings libraries of GPUs along
+            answer = can_probe()
+        except BaseException:
+            pass
+print(json.dumps(answer), file=answers)
 """
 
 
@@ -368,8 +376,8 @@ def _engine_line(engine: Any) -> Line:
         return Line("error", subject, f"{subject} cannot be imported: {engine}", "install Mooncake anew", _STOPS)
     name = library.group(1)
     if name.startswith(("libcu", "libnv")):
-        do = "see whether `python -c 'import torch, mooncake.engine'` works on the prefill node"
-        return Line("warning", subject, f"{subject} needs {name}, which PyTorch or the driver may bring", do)
+        finding = f"{subject} needs {name}, which the driver of a GPU or PyTorch brings and which is not here"
+        return Line("error", subject, finding, "run doctor on the machine of the prefill node", _UNSURE)
     missing = [package for file, package in _MOONCAKE_LIBRARIES.items() if file == name or not _loads(file)]
     do = f"apt-get install {' '.join(missing)}" if missing else f"install what brings {name}"
     return Line("error", subject, f"{subject} needs {name}, which this system lacks", do, _STOPS)
@@ -401,7 +409,7 @@ def _look_at_package() -> Iterator[Line]:
         do = "start from another folder, or take the copy off PYTHONPATH"
         yield Line("warning", "package", f"the copy in {here} is in front of the installed one, in {home}", do)
         return
-    changed = _changed(file for file in installed.files or () if file.name != _PTH)  # of which more is said below
+    changed = _changed(file for file in installed.files or () if file.parts[0] == _PACKAGE)
     if changed:
         yield Line(
             "error", "package", f"of the installed files these are not as they were: {', '.join(changed)}", _REINSTALL

@@ -35,7 +35,7 @@ _WRITERS = frozenset(
 # They make something new of the set, or only look at it.
 _LOOKS = frozenset(
     {"list", "set", "sorted", "tuple", "frozenset", "dict", "len", "bool", "any", "all", "min", "max", "sum"}
-    | {"str", "repr", "isinstance", "type", "id", "print"}
+    | {"str", "repr", "isinstance", "type", "id", "print", "enumerate", "filter", "map", "reversed"}
 )
 _LOOKING_NODES = (
     ast.Compare,
@@ -131,8 +131,12 @@ class _Assignment:
 
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    """A place where the blacklist is used; ``kept`` says how it gets a second name, empty if it does not."""
+    """A place where the blacklist is used; ``kept`` says how it gets a second name, empty if it does not.
 
+    ``of_self`` is the class whose own attribute it is there, empty for that of another object.
+    """
+
+    of_self: str
     function: str
     line: int
     locked: bool
@@ -158,6 +162,7 @@ class _File(ast.NodeVisitor):
         self.assignments: list[_Assignment] = []
         self.uses: list[_Use] = []
         self.references: list[_Reference] = []
+        self.handles_lock: set[str] = set()
         self._above: list[ast.AST] = []
         self._owner = ""
         self._function = ""
@@ -224,7 +229,7 @@ class _File(ast.NodeVisitor):
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         if getattr(node.target, "attr", "") == _BLACKLIST:
-            self.uses.append(_Use(self._function, node.lineno, self._locked, "update", ""))
+            self.uses.append(_Use(self._self_of(node.target), self._function, node.lineno, self._locked, "update", ""))
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -239,11 +244,16 @@ class _File(ast.NodeVisitor):
             self.references.append(_Reference(node.attr, self._function, called, called and self._locked))
             if node.attr == _BLACKLIST:
                 self._used(node)
+            if node.attr == _LOCK and not isinstance(self._above[-2], (ast.With, ast.withitem)):
+                self.handles_lock.add(self._function)  # acquire() and release(), or a name of its own
         self.generic_visit(node)
 
     def _used(self, node: ast.expr) -> None:
         writer, kept = _use_of(self._above)
-        self.uses.append(_Use(self._function, node.lineno, self._locked, writer, kept))
+        self.uses.append(_Use(self._self_of(node), self._function, node.lineno, self._locked, writer, kept))
+
+    def _self_of(self, node: ast.expr) -> str:
+        return self._owner if getattr(getattr(node, "value", None), "id", "") == "self" else ""
 
 
 def _role_asked_for(test: ast.expr) -> str:
@@ -273,7 +283,10 @@ def _use_of(above: list[ast.AST]) -> tuple[str, str]:
 def _only_looks(function: ast.expr) -> bool:
     if isinstance(function, ast.Name):
         return function.id in _LOOKS
-    return isinstance(function, ast.Attribute) and getattr(function.value, "id", "") in ("logger", "logging")
+    if not isinstance(function, ast.Attribute):
+        return False
+    receiver = getattr(function.value, "id", getattr(function.value, "attr", ""))
+    return function.attr == "join" or receiver.endswith(("logger", "logging"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,7 +460,7 @@ class _Examination:
                 self._look_at_kind(name, first, first_file)
         if _BLACKLIST in made:
             self._look_for_rebinding(files, made[_BLACKLIST])
-            self._look_at_uses(files, locks=_LOCK in made)
+            self._look_at_uses(files, owners, locks=_LOCK in made)
 
     def _files(self, classes: list[_Class]) -> list[_File]:
         """Those of the manager's class and its base classes, and those beside them that speak of the blacklist."""
@@ -486,14 +499,19 @@ class _Examination:
                 return
         self._note("failed_sessions is never rebound", made[0][0].path, made[0][1].line)
 
-    def _look_at_uses(self, files: list[_File], locks: bool) -> None:
+    def _look_at_uses(self, files: list[_File], owners: set[tuple[pathlib.Path, str]], locks: bool) -> None:
         held = _called_with_lock(files)
-        uses = [(file, use) for file in files for use in file.uses]
+        uses = [
+            (file, use)
+            for file in files
+            for use in file.uses
+            if not use.of_self or (file.path, use.of_self) in owners  # else it is another class's own
+        ]
         for file, use in uses:
             if use.kept:
                 doubt = f"{use.function} keeps {_MANAGER}.{_BLACKLIST}: {use.kept}, which the probe does not follow"
                 self._doubt("failed_sessions has no second name", doubt, file.path, use.line)
-            elif locks and not use.locked and use.function not in held:
+            elif locks and not use.locked and use.function not in held | file.handles_lock:
                 doubt = f"{use.function} uses {_MANAGER}.{_BLACKLIST} without {_LOCK}"
                 self._doubt("failed_sessions is used under session_lock", doubt, file.path, use.line)
             elif use.writer:

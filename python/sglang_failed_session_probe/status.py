@@ -19,7 +19,7 @@ from typing import Optional
 
 DEFAULT_URL = "http://127.0.0.1:30000/metrics"
 DEADLINE_S = 5.0
-# A blacklisted session that does not hang is asked within 0.9 s, so two readings this far apart tell how it answers.
+# A blacklisted session that does not hang is asked within 0.55 s, so two readings this far apart tell how it answers.
 APART_S = 1.0
 WATCH_S = 2.0
 

@@ -24,6 +24,7 @@ SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
 MULTIPROC = "PROMETHEUS_MULTIPROC_DIR"
 WILL_PROBE = "A prefill node started here will probe blacklisted sessions."
 WILL_NOT = "A prefill node started here will NOT probe blacklisted sessions, because "
+PERHAPS_NOT = "A prefill node started here will perhaps NOT let healed sessions in, because "
 WILL_NOT_START = "A prefill node started here will NOT start, because "
 
 Make = Callable[..., Environment]
@@ -177,8 +178,8 @@ def test_no_mooncake(made: Make) -> None:
         ("raise ImportError('GLIBC_2.99 not found')", "error", ("GLIBC_2.99 not found", "")),
         (
             "raise ImportError('libcudart.so.12: cannot open shared object file: No such file or directory')",
-            "warning",
-            ("libcudart.so.12, which PyTorch or the driver may bring", "import torch, mooncake.engine"),
+            "error",
+            ("libcudart.so.12, which the driver of a GPU or PyTorch brings", "on the machine of the prefill node"),
         ),
     ],
     ids=["library", "crash", "another reason", "CUDA"],
@@ -193,7 +194,20 @@ def test_an_engine_that_cannot_be_imported(engine: str, mark: str, said: tuple[s
     assert line["mark"] == mark
     assert said[0] in line["finding"]
     assert said[1] in line["do"]
-    assert report.verdict.startswith(WILL_NOT_START if mark == "error" else WILL_PROBE)
+    assert report.verdict.startswith(PERHAPS_NOT if "libcudart" in engine else WILL_NOT_START)
+
+
+def test_an_engine_that_needs_what_torch_brings_is_imported_as_sglang_does(made: Make) -> None:
+    here = made(SGLANG, WRAPT, PROMETHEUS)
+    here.add("torch/__init__.py", "there = True")
+    here.add("mooncake/__init__.py", "")
+    missing = "raise ImportError('libcudart.so.12: cannot open shared object file')"
+    needs_torch = f"import sys\nif 'torch' not in sys.modules: {missing}"
+    here.add(
+        "mooncake/engine.py", f"{needs_torch}\nclass TransferEngine:\n    def send_probe(self, session): return 0\n"
+    )
+    add_wheel_record(here, "mooncake-transfer-engine", "0.3.13")
+    assert here.doctor(**ON).verdict == WILL_PROBE
 
 
 def test_a_mooncake_that_waits_minutes_to_connect_is_a_warning(made: Make) -> None:

@@ -273,3 +273,45 @@ def test_the_release_is_what_sglang_would_say(tmp_path: pathlib.Path) -> None:
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 9.9.2\n")
     assert patch_points.release_of(folder) == "9.9.2"
+
+
+HARMLESS = {
+    "the lock by hand": (
+        "        with self.session_lock:\n            self.failed_sessions.add(session)",
+        "        self.session_lock.acquire()\n        self.failed_sessions.add(session)\n"
+        "        self.session_lock.release()",
+    ),
+    "the lock by another name": (
+        "        with self.session_lock:\n",
+        "        lock = self.session_lock\n        with lock:\n",
+    ),
+    "a look for the log": (
+        "            self.failed_sessions.add(session)",
+        "            self.failed_sessions.add(session)\n            self.logger.info('%s', self.failed_sessions)",
+    ),
+    "a look to join": (
+        "            self.failed_sessions.add(session)",
+        "            self.failed_sessions.add(session)\n            print(','.join(self.failed_sessions))",
+    ),
+    "a look to count": (
+        "            self.failed_sessions.add(session)",
+        "            self.failed_sessions.add(session)\n            print(dict(enumerate(self.failed_sessions)))",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_a_harmless_change_is_none_to_doubt(change: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    assert patch_points.examine(small(tmp_path, {CONN: change})).fits
+
+
+def test_another_class_may_have_failed_sessions_of_its_own(tmp_path: pathlib.Path) -> None:
+    folder = small(tmp_path, {})
+    other = folder / "srt/disaggregation/nixl/conn.py"
+    other.parent.mkdir()
+    other.write_text(
+        "class NixlManager:\n    def look(self, session):\n        return session in self.failed_sessions\n"
+    )
+    assert patch_points.examine(folder).fits
+    other.write_text("def look(manager, session):\n    return session in manager.failed_sessions\n")
+    assert "look uses MooncakeKVManager.failed_sessions without session_lock" in patch_points.examine(folder).doubts[0]

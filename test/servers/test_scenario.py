@@ -94,6 +94,8 @@ EXPECTED = {
     "_blacklistings_total": 1,
     "_recoveries_total": 1,
     "_drops_total": 0,
+    "_relapses_total": 0,
+    "_unproven_recoveries_total": 0,
     "s_blacklisted": 0,
     "_probes_in_flight": 0,
     "_outage_duration_seconds_count": 1,

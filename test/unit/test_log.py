@@ -197,3 +197,16 @@ def test_sessions_whose_probes_raise_are_said_up_to_a_bound(story: Story, monkey
     for session in RACK[:12]:
         story.log.probe_raised(session, RuntimeError("broken"))
     assert len(story.lines()) == 5
+
+
+def test_a_loop_that_sleeps_and_wakes_all_the_time_sums_up_once_a_spell(story: Story) -> None:
+    """Sessions that register again at once leave the loop without work each time."""
+    for session in RACK:
+        story.blacklist(session)
+        story.log.sum_up(at_once=True)
+        story.now += 0.001
+    assert len(story.lines()) == LINES_IN_A_SPELL + 1
+    story.now += SPELL_S
+    story.log.sum_up()
+    ((_, line),) = story.lines()
+    assert f"{len(RACK) - LINES_IN_A_SPELL - 1} more" in line

@@ -24,6 +24,8 @@ from sglang.srt.observability import failed_session_metrics
 RECOVERIES = "sglang:failed_session_recoveries_total"
 BLACKLISTINGS = "sglang:failed_session_blacklistings_total"
 DROPS = "sglang:failed_session_drops_total"
+RELAPSES = "sglang:failed_session_relapses_total"
+UNPROVEN = "sglang:failed_session_unproven_recoveries_total"
 PROBES = "sglang:failed_session_probes_total"
 BLACKLISTED = "sglang:failed_sessions_blacklisted"
 IN_FLIGHT = "sglang:failed_session_probes_in_flight"
@@ -103,6 +105,21 @@ def test_a_session_that_is_forgotten_is_a_drop_and_no_recovery(
     assert metrics.reads(DROPS, 1)
     assert metrics.reads(BLACKLISTED, 0)
     assert metrics.grown(RECOVERIES) == metrics.grown(f"{OUTAGE_DURATION}_count") == 0
+
+
+def test_a_session_that_is_let_in_without_proof_and_fails_again_is_counted_as_both(
+    make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_INTERVAL_S", "0.3")
+    manager = make_manager(Engine(read=-1))
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert metrics.reads(UNPROVEN, 1)
+    assert metrics.reads(RECOVERIES, 1)
+    assert metrics.grown(RELAPSES) == 0
+    blacklist(manager, D)
+    assert metrics.reads(RELAPSES, 1)
+    assert metrics.reads(BLACKLISTINGS, 2)
 
 
 def test_a_registration_shows_in_the_gauge_though_the_peers_probe_hangs(

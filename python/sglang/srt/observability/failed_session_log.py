@@ -30,6 +30,7 @@ class _Spell:
     said: int = 0
     left_out: int = 0
     last_left_out: float = 0.0
+    summed_up: bool = False
 
 
 class FailedSessionLog:
@@ -126,13 +127,13 @@ class FailedSessionLog:
             self._crowded = False
 
     def sum_up(self, at_once: bool = False) -> None:
-        """Says how many lines were left out in the spells that are over; with ``at_once`` in all of them."""
+        """Says how many lines were left out in the spells that are over; with ``at_once`` in all, once in each."""
         now = self._clock()
         for kind, spell in list(self._spells.items()):
             over = now >= spell.began + SPELL_S
             if over:
                 self._spells.pop(kind, None)
-            if spell.left_out and (over or at_once):
+            if spell.left_out and (over or (at_once and not spell.summed_up)):
                 _logger.log(
                     spell.level,
                     "Failed-session probe: %s: %d more within %.1f s, not named one by one",
@@ -140,7 +141,7 @@ class FailedSessionLog:
                     spell.left_out,
                     spell.last_left_out - spell.began,
                 )
-                spell.left_out = 0
+                spell.left_out, spell.summed_up = 0, True
 
     def _say_recovered(self, session: Any, details: dict[str, Any]) -> None:
         self._say(

@@ -64,6 +64,14 @@ _BLACKLISTINGS = _LazyMetric(
 _DROPS = _LazyMetric(
     "Counter", "sglang:failed_session_drops_total", "Blacklisted Mooncake sessions forgotten: nobody asked for them."
 )
+_RELAPSES = _LazyMetric(
+    "Counter", "sglang:failed_session_relapses_total", "Mooncake sessions that failed soon after they were let in."
+)
+_UNPROVEN = _LazyMetric(
+    "Counter",
+    "sglang:failed_session_unproven_recoveries_total",
+    "Mooncake sessions let in again though their memory could not be read.",
+)
 _PROBES = _LazyMetric(
     "Counter", "sglang:failed_session_probes_total", "Probes and verifications that ended.", labelnames=("result",)
 )
@@ -82,6 +90,17 @@ _OUTAGE_DURATION = _LazyMetric(
 _BLACKLISTED = _gauge("sglang:failed_sessions_blacklisted", "Mooncake sessions on the blacklist.")
 _IN_FLIGHT = _gauge("sglang:failed_session_probes_in_flight", "Probes under way, those that hang included.")
 _LIMIT = _gauge("sglang:failed_session_probes_limit", "Probes in flight from which on hung peers take turns.")
+
+_FROM_THE_START = (
+    _BLACKLISTINGS,
+    _RELAPSES,
+    _DROPS,
+    _UNPROVEN,
+    _PROBE_DURATION,
+    _OUTAGE_DURATION,
+    _BLACKLISTED,
+    _IN_FLIGHT,
+)
 
 _fault_said = threading.Event()
 
@@ -109,7 +128,7 @@ class FailedSessionMetrics:
 
     def start(self, most_stuck: int) -> None:
         """Registers every metric, so that each can be scraped from now on."""
-        for metric in (_BLACKLISTINGS, _DROPS, _PROBE_DURATION, _OUTAGE_DURATION, _BLACKLISTED, _IN_FLIGHT):
+        for metric in _FROM_THE_START:
             with harmless():
                 metric.register()
         for result in RESULTS:
@@ -139,8 +158,12 @@ class FailedSessionMetrics:
                 _BLACKLISTINGS.inc()
             elif event is Event.DROPPED:
                 _DROPS.inc()
+            elif event is Event.HELD:
+                _RELAPSES.inc()
             elif event is Event.RECOVERED:
                 _OUTAGE_DURATION.observe(details["outage_s"])
+                if details["unverified"]:
+                    _UNPROVEN.inc()
 
     def show(self, blacklisted: int, in_flight: int) -> None:
         """Sets the gauges. Costs next to nothing if they are as before."""
