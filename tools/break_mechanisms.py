@@ -52,7 +52,7 @@ BREAKS = [
     Break(
         "pause after a failed verification",
         SESSIONS,
-        "max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * took_s)",
+        "max(MIN_VERIFY_PAUSE_S, min(VERIFY_PAUSE_FACTOR, 2.0 ** min(record.looks_in_vain, 64)) * took_s)",
         "0.0",
     ),
     Break(
@@ -246,7 +246,13 @@ BREAKS = [
         METRICS_TESTS,
     ),
     Break("lines are summed up", LOG, "if spell.said < LINES_IN_A_SPELL:", "if True:", LOG_TESTS),
-    Break("left out lines are counted", LOG, "if spell.left_out and (over or at_once):", "if False:", LOG_TESTS),
+    Break(
+        "left out lines are counted",
+        LOG,
+        "if spell.left_out and (over or (at_once and not spell.summed_up)):",
+        "if False:",
+        LOG_TESTS,
+    ),
     Break(
         "said before a long silence",
         CONN,
@@ -260,6 +266,14 @@ BREAKS = [
         SESSIONS,
         "        self.unreadable: Optional[str] = None\n",
         "        self.unreadable: Optional[str] = getattr(self, 'unreadable', None)\n",
+        SESSIONS_TESTS,
+    ),
+    Break("summed up once a spell", LOG, "(at_once and not spell.summed_up)", "at_once", LOG_TESTS),
+    Break(
+        "the pause grows over outages",
+        SESSIONS,
+        "        self.was_gone = False\n",
+        "        self.was_gone = False\n        self.looks_in_vain = 0\n",
         SESSIONS_TESTS,
     ),
     Break("the gap counts from when it was asked", SESSIONS, "record.asked_at + gap_s - now", "gap_s", SESSIONS_TESTS),

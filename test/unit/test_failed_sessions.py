@@ -307,16 +307,39 @@ def test_a_peer_that_falls_silent_at_its_verification_must_settle_again() -> Non
     assert prober.let_in(D) == [(about(silent_at + 0.25 + 1.0), None)]
 
 
-@pytest.mark.parametrize(("took_s", "pause_s"), [(0.001, 1.1), (0.11, 1.1), (0.5, 5.0), (1.5, 15.0)])
-def test_a_failed_verification_is_followed_by_a_pause_of_ten_times_its_length(took_s: float, pause_s: float) -> None:
+@pytest.mark.parametrize(
+    ("took_s", "pauses_s"),
+    [
+        (0.001, [1.1, 1.1, 1.1, 1.1, 1.1, 1.1]),
+        (0.5, [1.1, 1.1, 2.0, 4.0, 5.0, 5.0]),
+        (1.5, [1.5, 3.0, 6.0, 12.0, 15.0, 15.0]),
+    ],
+)
+def test_a_failed_verification_is_followed_by_a_pause_of_its_length_that_grows_tenfold(
+    took_s: float, pauses_s: list[float]
+) -> None:
     """And of 1.1 s at least: in the 1.0 s that Mooncake cools a peer down, a read would spin a core."""
-    prober = VirtualProber()
+    prober = VirtualProber(interval_s=300.0)
     prober.fail(D, peer=Peer(memory=Verdict.UNREADABLE, read_takes=took_s))
-    prober.run(29)
-    moments = prober.moments("verification", D)
-    assert len(moments) >= 2
-    for at, following in itertools.pairwise(moments):
-        assert following - (at + took_s) == about(pause_s)
+    prober.run(90)
+    moments = prober.moments("verification", D)[:7]
+    pauses = [following - (at + took_s) for at, following in itertools.pairwise(moments)]
+    assert pauses == about(pauses_s)
+
+
+def test_the_pause_after_a_failed_verification_goes_on_to_grow_in_the_next_outage() -> None:
+    """Where packets to the data port are dropped a read spins a core for 30 s, outage after outage."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_DROPPED)
+    for _ in range(8):
+        while prober.request(D):
+            prober.run(5)
+        prober.fail(D)
+    begins = len(prober.moments("verification", D))
+    now = prober.clock.now
+    prober.run(300)
+    looks = len(prober.moments("verification", D)) - begins
+    assert looks <= 1, f"{looks} reads of 30 s each in {prober.clock.now - now:.0f} s"
 
 
 def test_a_peer_that_was_gone_and_cannot_be_read_is_looked_at_less_and_less_often_until_it_registers() -> None:

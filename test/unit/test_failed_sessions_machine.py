@@ -96,6 +96,7 @@ class Known:
     relapses: int = 0
     hold_until: float = 0.0
     no_read_before: float = 0.0
+    looks_in_vain: int = 0  # since it was last verified
     told_unreadable: bool = False  # in this outage
     used_at: Optional[float] = None
     still_unreadable: bool = False  # and that had the same outcome: a second quiet spell is to tell
@@ -207,7 +208,8 @@ class Onlooker:
         elif known.answered_since is None:
             known.answered_since = entry.at
         if answer is Verdict.UNREADABLE:
-            pause_s = max(MIN_VERIFY_PAUSE_S, 10.0 * (entry.at - question.asked_at))
+            pause_s = max(MIN_VERIFY_PAUSE_S, min(10.0, 2.0**known.looks_in_vain) * (entry.at - question.asked_at))
+            known.looks_in_vain += 1
             known.no_read_before = entry.at + pause_s - A_MOMENT_S
 
     def _read_recovered(self, entry: Entry, known: Optional[Known]) -> None:
@@ -224,6 +226,7 @@ class Onlooker:
             assert known.last_answer in proofs, f"{entry.session} was let in after {known.last_answer}"
         known.blacklisted, known.used_at, known.still_unreadable = False, None, False
         known.to_be_read_again = entry.detail["unverified"] is not None
+        known.looks_in_vain = known.looks_in_vain if known.to_be_read_again else 0
         self.recovered += 1
 
     def _read_dropped(self, entry: Entry, known: Optional[Known]) -> None:

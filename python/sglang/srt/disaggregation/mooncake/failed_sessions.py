@@ -53,7 +53,9 @@ STUCK_RESERVE = 16
 PROBATION_S = 60.0
 TRANSFER_TIMEOUT_S = 30.0
 FIRST_HOLD_S = 1.0
-# After a failed read Mooncake keeps the peer in a cooldown of 1.0 s, in which a read spins a core: stay out of it.
+# After a failed read Mooncake keeps the peer in a cooldown of 1.0 s, in which a read spins a core: stay out of it. A
+# slow read spins one too, so the pause is as long as it took, then 2, 4, 8 and 10 times: the first may fail because TCP
+# has not sent again yet, and is worth another soon.
 MIN_VERIFY_PAUSE_S = 1.1
 VERIFY_PAUSE_FACTOR = 10.0
 # A peer whose process was gone can be read only after it has registered, and each failed look at it leaves Mooncake's
@@ -129,6 +131,7 @@ class _Session:
         "has_end_check",  # an entry in _end_checks
         "hold_until",
         "id",
+        "looks_in_vain",  # verifications that failed since it was last verified
         "prompt",  # the last probe in this generation was answered, or came back before it was stuck
         "refused",  # how often a request asked for it in vain
         "registration",  # on probation: what the peer had registered when it was let in
@@ -145,6 +148,7 @@ class _Session:
     def __init__(self, session: Any) -> None:
         self.id = session
         self.asked_at = 0.0
+        self.looks_in_vain = 0
         self.relapses = 0
         self.verify_after = 0.0
         self.has_end_check = False
@@ -522,11 +526,13 @@ class FailedSessions(set[Any]):
         record.begin_probation(self._registration(record.id))
         if unverified is None:
             record.unreadable = None
+            record.looks_in_vain = 0
         outage_s = now - record.blacklisted_at
         self._tell(Event.RECOVERED, record.id, outage_s=outage_s, refused=record.refused, unverified=unverified)
 
     def _verify_pause_s(self, record: _Session, now: float, took_s: float) -> float:
-        pause_s = max(MIN_VERIFY_PAUSE_S, VERIFY_PAUSE_FACTOR * took_s)
+        pause_s = max(MIN_VERIFY_PAUSE_S, min(VERIFY_PAUSE_FACTOR, 2.0 ** min(record.looks_in_vain, 64)) * took_s)
+        record.looks_in_vain += 1
         if record.was_gone and record.answered_since is not None:
             pause_s = max(pause_s, VERIFY_SHARE_OF_TIME_BACK * (now - record.answered_since))
         return pause_s
