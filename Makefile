@@ -2,14 +2,13 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults mechanisms bench wheel dist network-tools
+.PHONY: test test-fast faults mechanisms matrix bench wheel dist network-tools
 
-# Everything: without SGLang, on two managers of three stock releases, on real servers. About 15 minutes, the
+# Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the
 # first time plus the downloads.
 test: network-tools
-	$(PYTHON) tools/environment.py sglang-0.5.10.post1
-	$(PYTHON) tools/environment.py sglang-0.5.12.post1
-	$(PYTHON) tools/environment.py sglang-0.5.23
+	for release in 0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23; do \
+	  $(PYTHON) tools/environment.py sglang-$$release || exit 1; done
 	$(ENGINES) -m pytest -n 2 test/unit
 	$(ENGINES) -m pytest -n 8 test/faults
 	$(ENGINES) -m pytest -n 3 test/commands test/docs
@@ -29,6 +28,18 @@ faults: network-tools
 	  $(ENGINES) -m pytest -n 6 $(ALONE:%=--ignore %) test/faults || exit 1; done
 	FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(ALONE)
 	$(PYTHON) tools/fault_table.py .faults.jsonl
+
+# Two managers of each stock release, one release after another, and the table of docs/matrix.md. About half an hour and
+# 6 GB, the first time plus the downloads. SGLANG=0.5.8.post1: that row alone.
+SGLANG ?= 0.4.7.post1 0.4.8.post1 0.4.10.post2 0.5.1.post3 0.5.2 0.5.3.post3 0.5.5.post3 0.5.6.post2 0.5.8.post1 0.5.9 \
+  0.5.10.post1 0.5.12.post1 0.5.13.post1 0.5.14 0.5.17 0.5.20 0.5.21 0.5.23
+matrix:
+	rm -rf .matrix && mkdir .matrix
+	for release in $(SGLANG); do $(PYTHON) tools/environment.py sglang-$$release || exit 1; \
+	  SGLANG_RELEASES=$$release $(ENGINES) -m pytest -m every_release --junitxml .matrix/$$release.xml test/doors test/stock \
+	  || touch .matrix/failed; done
+	$(PYTHON) tools/matrix_table.py docs/matrix.md .matrix/*.xml
+	@test ! -e .matrix/failed
 
 # Breaks each mechanism in a copy of the tree and says which test sees it. About half an hour.
 mechanisms:

@@ -101,7 +101,7 @@ class Manager(manager_process.ManagerProcess):
     def open_request(self, room: int) -> dict[str, Any]:
         """Prefill: take a request whose pages are sent by `send_chunks`."""
         own = f"127.0.0.1:{self.bootstrap_port}"
-        self.transfers[room] = self.conn.MooncakeKVSender(self.manager, own, room, *self.release.sender_ranks())
+        self.transfers[room] = self.conn.MooncakeKVSender(self.manager, own, room, *self.sender_ranks())
         return {}
 
     def send_chunks(self, room: int, number: int) -> dict[str, Any]:

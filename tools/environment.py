@@ -47,6 +47,9 @@ MOONCAKE_LIBRARIES = {
 }
 # The packages which a release of SGLang wants in its own version; all others it takes from the shared environment.
 COMPANIONS = ("transformers", "xgrammar", "openai", "openai-harmony")
+# What these releases import from triton is gone from later versions of it.
+OLD_TRITON = "triton==3.3.1"
+WITH_OLD_TRITON = ("0.4.7", "0.4.8")
 
 
 class CannotMake(Exception):
@@ -168,9 +171,10 @@ def _make(name: str, folder: pathlib.Path) -> None:
         _make_from_requirements(release, folder)
     else:
         path = _new_in_front(_made(f"sglang-{SHARED_RELEASE}"), folder)
-        say("download: 70 MB, on disk: 230 MB")
+        old = release.startswith(WITH_OLD_TRITON)
+        say("download: 220 MB, on disk: 770 MB" if old else "download: 70 MB, on disk: 230 MB")
         _pip_install(path, "--no-deps", f"sglang=={release}")
-        _pip_install(path, *_companions(folder))
+        _pip_install(path, *_companions(folder), *([OLD_TRITON] if old else []))
 
 
 def _size(requirements: pathlib.Path) -> str:

@@ -254,7 +254,7 @@ def test_one_open_door_is_enough_and_the_other_is_a_warning(made: Make) -> None:
     assert "processes without plugins (Ray)" in report.line(".pth file")["finding"]
 
 
-@pytest.mark.parametrize(("release", "enough"), [("0.5.23", True), ("0.5.10.post1", False)])
+@pytest.mark.parametrize(("release", "enough"), [("0.5.23", True), ("0.5.8.post1", False)])
 def test_a_python_that_reads_no_pth_file(release: str, enough: bool, made: Make) -> None:
     here = made(*EVERYTHING, sglang=f"sglang-{release}")
     report = here.doctor("-S", PYTHONPATH=str(here.site), **ON)
@@ -308,7 +308,7 @@ def test_no_wrapt(made: Make) -> None:
 
 
 def test_no_prometheus_client(made: Make) -> None:
-    report = made(SGLANG, MOONCAKE, WRAPT, sglang="sglang-0.5.10.post1").doctor(**ON)
+    report = made(SGLANG, MOONCAKE, WRAPT, sglang="sglang-0.5.8.post1").doctor(**ON)
     assert report.errors == ["prometheus_client"]
     assert "will probe blacklisted sessions, but not as asked: prometheus_client is not installed" in report.verdict
 

@@ -18,7 +18,9 @@ from typing import Any
 
 CONN = "sglang.srt.disaggregation.mooncake.conn"
 ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
-ENVIRON = "sglang.srt.environ"
+OLD_ENGINE = "sglang.srt.disaggregation.mooncake.transfer_engine"  # to 0.5.8.post1
+ENVIRON = "sglang.srt.environ"  # not before 0.5.3
+MODULES = (CONN, ENGINE, OLD_ENGINE, ENVIRON)
 ABSENT = object()
 
 
@@ -28,7 +30,7 @@ def active(plugins: str = "") -> dict[str, Any]:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-    conn, engine = importlib.import_module(CONN), importlib.import_module(ENGINE)
+    conn, engine = connector_and_engine()
     return {
         "sglang": sys.modules["sglang"].__file__,
         "conn": conn.__file__,
@@ -36,6 +38,11 @@ def active(plugins: str = "") -> dict[str, Any]:
         "send_probe": file_of(engine.MooncakeTransferEngine, "send_probe"),
         "knows_our_settings": hasattr(sys.modules[ENVIRON].envs, "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"),
     }
+
+
+def connector_and_engine() -> tuple[Any, Any]:
+    connector = importlib.import_module(CONN)
+    return connector, sys.modules.get(OLD_ENGINE) or importlib.import_module(ENGINE)
 
 
 def engine() -> bool:
@@ -51,8 +58,7 @@ def file_of(owner: type, method: str) -> str:
 
 def undone() -> dict[str, Any]:
     """Which names have another value after activate(), after a second one, after deactivate(), and after both again."""
-    for name in (CONN, ENGINE):
-        importlib.import_module(name)
+    connector_and_engine()
     os.environ["SGLANG_ENABLE_FAILED_SESSION_PROBE"] = "1"
     import sglang_failed_session_probe as door
 
@@ -88,9 +94,9 @@ Names = dict[tuple[str, str], Any]
 
 
 def names_and_values() -> Names:
-    """Every global of the three modules, and every attribute of their classes and of `envs`, by owner and name."""
+    """Every global of the modules, and every attribute of their classes and of `envs`, by owner and name."""
     found: Names = {}
-    for name in (CONN, ENGINE, ENVIRON):
+    for name in sys.modules.keys() & set(MODULES):
         module = sys.modules[name]
         found.update({(name, key): value for key, value in vars(module).items()})
         owners = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
@@ -102,7 +108,7 @@ def names_and_values() -> Names:
 
 
 def globals_in(names: Names) -> Names:
-    return {key: value for key, value in names.items() if key[0] in (CONN, ENGINE, ENVIRON)}
+    return {key: value for key, value in names.items() if key[0] in MODULES}
 
 
 def attributes_in(names: Names) -> Names:

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from typing import Optional
 
 import pytest
-from installation import environment, limit_only_the_test, wheel  # noqa: F401
+from installation import RELEASES, environment, limit_only_the_test, sglang_folder, wheel  # noqa: F401
 from nodes import ENABLE, Node, Start
-
-RELEASES = ["0.5.10.post1", "0.5.12.post1", "0.5.23"]
 
 
 @pytest.fixture(scope="session", params=RELEASES)
@@ -24,6 +22,12 @@ def release(request: pytest.FixtureRequest) -> str:
 def python(release: str, wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The python of an environment with that release and our wheel, both really installed."""
     return environment.with_wheel(f"sglang-{release}", wheel, tmp_path_factory.mktemp(release) / "venv")
+
+
+@pytest.fixture(scope="session")
+def connectors(python: pathlib.Path) -> pathlib.Path:
+    """The folder with SGLang's connectors in that release."""
+    return sglang_folder(python) / "srt" / "disaggregation"
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +58,9 @@ def decode(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> It
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Play one release through before the next begins, each file from top to bottom: nodes start once for all of it."""
     here = limit_only_the_test(items, pathlib.Path(__file__).parent)
-    in_order = iter(sorted(here, key=lambda item: (RELEASES.index(release_of(item)), item.path, item.location[1])))
+    in_order = iter(sorted(here, key=lambda item: (release_of(item), item.path, item.location[1])))
     items[:] = [next(in_order) if item in here else item for item in items]
 
 
 def release_of(item: pytest.Item) -> str:
-    return item.callspec.params["release"]  # type: ignore[attr-defined]
+    return str(item.callspec.params["release"])  # type: ignore[attr-defined]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-import subprocess
 from collections.abc import Mapping
+
+from installation import sglang_folder
 
 CONN = "srt/disaggregation/mooncake/conn.py"
 PACKAGE = "srt/disaggregation/mooncake/__init__.py"
@@ -64,7 +65,7 @@ BUILDS = {
 def make(build: Build, python: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """Make a copy, of links, of the SGLang that `python` finds, and edit it; return what PYTHONPATH needs."""
     copy = folder / "sglang"
-    copy.symlink_to(_sglang(python))
+    copy.symlink_to(sglang_folder(python))
     for file in build.edits:
         for parent in reversed(pathlib.PurePath(file).parents):
             _open_up(copy / parent)
@@ -83,11 +84,6 @@ def _open_up(folder: pathlib.Path) -> None:
         for entry in original.iterdir():
             if entry.name != "__pycache__":
                 (folder / entry.name).symlink_to(entry)
-
-
-def _sglang(python: pathlib.Path) -> str:
-    find = "import importlib.util; print(*importlib.util.find_spec('sglang').submodule_search_locations)"
-    return subprocess.run([python, "-c", find], check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
 def _edit(file: pathlib.Path, edits: Mapping[str, str]) -> None:

@@ -1,8 +1,10 @@
-"""Where do the environments and our wheel come from? For test/doors too."""
+"""Which releases are tested, and where do their environments and our wheel come from? For test/doors too."""
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -12,11 +14,21 @@ sys.path.insert(0, str(CHECKOUT / "tools"))
 
 import environment  # noqa: E402
 
+# From the oldest that has the blacklist to the newest; `make matrix` takes more.
+RELEASES = os.environ.get("SGLANG_RELEASES", "0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23").split()
+
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Our wheel, built from this checkout."""
     return environment.built_wheel("engines", CHECKOUT, tmp_path_factory.mktemp("wheel"))
+
+
+def sglang_folder(python: pathlib.Path) -> pathlib.Path:
+    """Where the SGLang lies that `python` finds."""
+    find = "import importlib.util; print(*importlib.util.find_spec('sglang').submodule_search_locations)"
+    found = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True, timeout=60).stdout
+    return pathlib.Path(found.strip())
 
 
 def limit_only_the_test(items: list[pytest.Item], folder: pathlib.Path) -> list[pytest.Item]:

@@ -4,7 +4,7 @@
 
 It answers each line of JSON on stdin, {"do": COMMAND, ...}, with a line of JSON on stdout, and appends every log record
 to the file LOG as a line of JSON. The commands are the methods of ManagerProcess. It runs in the environment of an
-SGLang release (0.5.10.post1 to 0.5.23), so it imports nothing of the tests.
+SGLang release (0.4.7 to 0.5.23), so it imports nothing of the tests.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ PAGE_BYTES = 4096
 AUX_SLOTS = 8
 AUX_BYTES = 256
 PROBE_THREAD = "MooncakeFailedSessionProbe"
+CONNECTORS = ("common", "mooncake", "ascend")
+ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
+OLD_ENGINE = "sglang.srt.disaggregation.mooncake.transfer_engine"  # to 0.5.8.post1
 PR_SET_PDEATHSIG = 1
 
 
@@ -91,7 +94,8 @@ class Memory:
     def __init__(self) -> None:
         import numpy
 
-        self.pages = [numpy.zeros((PAGES, PAGE_BYTES), numpy.uint8) for _ in range(2 * LAYERS)]
+        # One piece: the Ascend connector of older releases registers it as one.
+        self.pages = list(numpy.zeros((2 * LAYERS, PAGES, PAGE_BYTES), numpy.uint8))
         self.aux = numpy.zeros((AUX_SLOTS, AUX_BYTES), numpy.uint8)
 
     def fill(self, seed: int) -> None:
@@ -162,7 +166,7 @@ class Release:
     def configure(self, role: str, bootstrap_port: int) -> Any:
         """Put the configuration of a node in that role where this release looks for it; return the server_args."""
         if self.context is None:
-            self._replace_parallel_state()
+            self._be_alone_on_loopback()
             return self._plain_server_args(bootstrap_port)
         from sglang.srt.server_args import ServerArgs
 
@@ -176,16 +180,22 @@ class Release:
             disaggregation_bootstrap_port=bootstrap_port,
             **(switch if takes(ServerArgs, *switch) else {}),
         )
-        ranked = takes(self.context.publish, "ranks")
-        ranks = {"ranks": self.context.SpawnRanks(world_rank=0, gpu_id=0)} if ranked else {}
-        self.context.publish(server_args, role="scheduler", **ranks)
-        if hasattr(self.context.get_parallel(), "override_permanently"):
+        if takes(self.context.publish, "ranks"):
+            ranks = self.context.SpawnRanks(world_rank=0, gpu_id=0)
+            self.context.publish(server_args, role="scheduler", ranks=ranks)
             self.context.get_parallel().override_permanently(pp_group=None)  # as initialize_model_parallel does
+        else:
+            self.context.publish(server_args, role="scheduler")
+            self._be_alone_on_loopback()
+            self._answer_for_process_groups(self.context.get_parallel())
         return server_args
 
-    def sender_ranks(self) -> tuple[Any, ...]:
-        """The arguments dest_tp_ranks and pp_rank of a sender, where it has them."""
-        return () if self.context else ([0], 0)
+    def _answer_for_process_groups(self, parallel: Any) -> None:
+        """Let what SGLang would ask of process groups be answered as for a single rank."""
+        asked = [name for name, value in vars(type(parallel)).items() if isinstance(value, property)]
+        answers = {name: int(name.endswith("_size")) for name in asked if name.endswith(("_rank", "_size"))}
+        self.alone = parallel.override(**answers)  # kept, because its end takes them back
+        self.alone.__enter__()
 
     @staticmethod
     def _plain_server_args(bootstrap_port: int) -> types.SimpleNamespace:
@@ -195,6 +205,7 @@ class Release:
             disaggregation_bootstrap_port=bootstrap_port,
             dist_init_addr=None,
             enable_dp_attention=False,
+            tp_size=1,
             dp_size=1,
             pp_size=1,
             nnodes=1,
@@ -206,13 +217,17 @@ class Release:
         )
 
     @staticmethod
-    def _replace_parallel_state() -> None:
-        from sglang.srt.disaggregation.common import conn
-
+    def _be_alone_on_loopback() -> None:
+        """Let the manager be the only rank, on loopback, wherever this release imports the functions that ask."""
         single = {"get_attention_tp_size": 1, "get_attention_cp_size": 1, "get_attention_dp_size": 1}
         first = {"get_attention_tp_rank": 0, "get_attention_cp_rank": 0, "get_attention_dp_rank": 0}
-        for name, value in {**single, **first, "get_pp_group": None}.items():
-            setattr(conn, name, lambda value=value: value)
+        address = {"get_local_ip_by_remote": "127.0.0.1", "get_local_ip_auto": "127.0.0.1"}
+        last_stage = {"get_pp_group": types.SimpleNamespace(is_last_rank=True)}
+        for connector in CONNECTORS:
+            module = sys.modules.get(f"sglang.srt.disaggregation.{connector}.conn")
+            for name, value in {**single, **first, **address, **last_stage}.items():
+                if hasattr(module, name):
+                    setattr(module, name, lambda *_, value=value: value)
 
 
 class ManagerProcess:
@@ -239,6 +254,16 @@ class ManagerProcess:
     def call(self, **names: str) -> dict[str, Any]:
         """Tell what this build of SGLang calls its `manager`, `blacklist` or `lock`."""
         self.names.update(names)
+        return {}
+
+    def use_ascend(self) -> dict[str, Any]:
+        """Let the managers be those of the Ascend connector. Its transfer library, which only an NPU can run, is
+        replaced by Mooncake over TCP; the connector and its engine are SGLang's own."""
+        for library in ("mf_adapter", "memfabric_hybrid"):  # to 0.5.6.post2; later
+            sys.modules[library] = types.ModuleType(library)
+            sys.modules[library].TransferEngine = ascend_library()  # type: ignore[attr-defined]
+        self.conn = importlib.import_module("sglang.srt.disaggregation.ascend.conn")
+        self.names["manager"] = "AscendKVManager"
         return {}
 
     def make(self, role: str, environment: dict[str, str]) -> dict[str, Any]:
@@ -276,17 +301,20 @@ class ManagerProcess:
         return getattr(self.conn, self.names["manager"])
 
     def _engine_module(self) -> Any:
-        return importlib.import_module("sglang.srt.distributed.device_communicators.mooncake_transfer_engine")
+        return sys.modules.get(OLD_ENGINE) or importlib.import_module(ENGINE)
 
     def _construct(self, manager_class: Any, role: str) -> None:
         from sglang.srt.disaggregation.utils import DisaggregationMode
 
         if role == "prefill" and self.bootstrap_server is None:
             self.bootstrap_port = free_port()
-            self.bootstrap_server = self.conn.MooncakeKVBootstrapServer("127.0.0.1", self.bootstrap_port)
+            server = self.conn.MooncakeKVBootstrapServer
+            host = ["127.0.0.1"] if takes(server, "host") else []
+            self.bootstrap_server = server(*host, self.bootstrap_port)
             wait_until_listening(self.bootstrap_port)
         server_args = self.release.configure(role, self.bootstrap_port)
-        self._engine_module().init_mooncake_transfer_engine("127.0.0.1", 0, None)  # the first call makes it
+        if hasattr(self._engine_module(), "init_mooncake_transfer_engine"):
+            self._engine_module().init_mooncake_transfer_engine("127.0.0.1", 0, None)  # the first call makes it
         self.manager = manager_class(self.memory.kv_args(), DisaggregationMode(role), server_args, False)
 
     def fill(self, seed: int) -> dict[str, Any]:
@@ -303,19 +331,26 @@ class ManagerProcess:
         if register:
             with self.manager.connection_lock:
                 self.manager.connection_pool.clear()
-        if not self.manager.try_ensure_parallel_info(bootstrap):
+        if hasattr(self.manager, "try_ensure_parallel_info") and not self.manager.try_ensure_parallel_info(bootstrap):
             raise RuntimeError(f"no answer from the prefill's bootstrap server {bootstrap}")
         receiver = self.transfers[room] = self.conn.MooncakeKVReceiver(self.manager, bootstrap, room)
-        receiver.init(0)
-        receiver.send_metadata(numpy.array(pages, numpy.int32), 0)
+        indices = numpy.array(pages, numpy.int32)
+        if takes(receiver.init, "kv_indices"):
+            receiver.init(indices, 0)
+        else:
+            receiver.init(0)
+            receiver.send_metadata(indices, 0)
         return {}
 
     def await_receiver(self, room: int) -> dict[str, Any]:
         """Prefill: wait until decode has handed over its pages."""
         own = f"127.0.0.1:{self.bootstrap_port}"
-        sender = self.conn.MooncakeKVSender(self.manager, own, room, *self.release.sender_ranks())
-        self.transfers[room] = sender
+        self.transfers[room] = self.conn.MooncakeKVSender(self.manager, own, room, *self.sender_ranks())
         return self._outcome(room, "WaitingForInput", 20)
+
+    def sender_ranks(self) -> list[Any]:
+        """The arguments dest_tp_ranks and pp_rank of a sender, where it has them."""
+        return [[0], 0] if takes(self.conn.MooncakeKVSender, "dest_tp_ranks") else []
 
     def send(self, room: int, pages: list[int]) -> dict[str, Any]:
         """Prefill: start to send the source pages."""
@@ -380,6 +415,7 @@ class ManagerProcess:
                 if not self._is_sglangs(value)
             ),
             "plain_blacklist": type(getattr(self.manager, self.names["blacklist"], None)) is set,
+            "native_probe": hasattr(self._manager_class(), "_failed_session_probe_loop"),
             "wrapt": "wrapt" in sys.modules,
         }
 
@@ -408,6 +444,23 @@ class ManagerProcess:
         for watcher in watchers:
             watcher.join(5)
         return {"loops_s": [end - started for end in ended], "teardown_s": returned - started, "loops": len(loops)}
+
+
+def ascend_library() -> type:
+    """What the Ascend engine takes for its transfer library."""
+    from mooncake.engine import TransferEngine
+
+    class OverTcp(TransferEngine):  # type: ignore[misc]
+        TransDataOpType = types.SimpleNamespace(SDMA=None)
+
+        def __init__(self) -> None:
+            super().__init__()
+            assert super().initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+
+        def initialize(self, *address: Any) -> int:
+            return 0
+
+    return OverTcp
 
 
 def fail(manager: Any, session: str, blacklist: str = "failed_sessions", lock: str = "session_lock") -> None:

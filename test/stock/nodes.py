@@ -193,6 +193,45 @@ def is_served(prefill: Node, decode: Node, register: bool = False) -> bool:
     return prefill.ask("digest", pages=SOURCE_PAGES) == decode.ask("digest", pages=TARGET_PAGES)
 
 
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """What was seen while a fault came and passed."""
+
+    served_before: bool
+    failed: Sent
+    failed_after_s: float
+    blacklisted: bool
+    refused: Sent
+    recovered: bool
+    served_after: bool
+    counter: float
+
+
+def play_story(prefill: Node, decode: Node) -> Story:
+    """Stop decode in the middle of a request, send a second one while it is stopped, then let decode go on."""
+    served_before = is_served(prefill, decode)
+    first, second = hand_over(prefill, decode), hand_over(prefill, decode)
+    decode.stop()
+    try:
+        began = time.monotonic()
+        failed = send(prefill, first)
+        failed_after_s = time.monotonic() - began
+        blacklisted = is_blacklisted(prefill, decode.session)
+        refused = send(prefill, second)
+    finally:
+        decode.resume()
+    return Story(
+        served_before,
+        failed,
+        failed_after_s,
+        blacklisted,
+        refused,
+        recovers(prefill, decode.session),
+        is_served(prefill, decode),
+        prefill.ask("counter")["value"],
+    )
+
+
 def is_blacklisted(prefill: Node, session: str) -> bool:
     """True while prefill has the session on its blacklist; asks without noting a request."""
     return session in prefill.ask("state")["failed_sessions"]

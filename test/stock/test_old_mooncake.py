@@ -9,6 +9,8 @@ import pytest
 from installation import environment
 from nodes import ENABLE, Node, Start, is_blacklisted
 
+pytestmark = pytest.mark.parametrize("release", ["0.5.12.post1", "0.5.23"], indirect=True, scope="session")
+
 INSTALLED = "0.3.10.post2"
 NEEDED = "0.3.11"
 SEVERAL_PROBES_S = 2.0

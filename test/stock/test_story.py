@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import time
 
 import pytest
-from nodes import ENABLE, Node, Refused, Sent, Start, hand_over, is_blacklisted, is_served, recovers, send
+from nodes import ENABLE, Node, Refused, Start, Story, is_blacklisted, is_served, play_story, recovers
+
+pytestmark = pytest.mark.every_release
 
 RECOVERED = "Session %s recovered via probe; un-blacklisted"
+OUR_METHODS = [
+    "MooncakeKVManager.__init__",
+    "MooncakeKVManager._failed_session_probe_loop",
+    "MooncakeKVManager._run_one_probe_pass",
+    "MooncakeTransferEngine.send_probe",
+]
 LOOP_STARTED = "Starting failed-session probe loop (interval=30.0s)"
 MOONCAKE = "0.3.13.post1"
 SECONDS = [
@@ -30,20 +37,6 @@ WRONG = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Story:
-    """What was seen while a fault came and passed."""
-
-    served_before: bool
-    failed: Sent
-    failed_after_s: float
-    blacklisted: bool
-    refused: Sent
-    recovered: bool
-    served_after: bool
-    counter: float
-
-
 @pytest.fixture(scope="module")
 def prefill(start: Start, decode: Node) -> Node:
     """A prefill node with the switch on; the decode node imports at the same time."""
@@ -54,28 +47,7 @@ def prefill(start: Start, decode: Node) -> Node:
 
 @pytest.fixture(scope="module")
 def story(prefill: Node, decode: Node) -> Story:
-    """Decode is stopped in the middle of a request; a second one comes while it is; then decode goes on."""
-    served_before = is_served(prefill, decode)
-    first, second = hand_over(prefill, decode), hand_over(prefill, decode)
-    decode.stop()
-    try:
-        began = time.monotonic()
-        failed = send(prefill, first)
-        failed_after_s = time.monotonic() - began
-        blacklisted = is_blacklisted(prefill, decode.session)
-        refused = send(prefill, second)
-    finally:
-        decode.resume()
-    return Story(
-        served_before,
-        failed,
-        failed_after_s,
-        blacklisted,
-        refused,
-        recovers(prefill, decode.session),
-        is_served(prefill, decode),
-        prefill.ask("counter")["value"],
-    )
+    return play_story(prefill, decode)
 
 
 def test_a_request_is_served_before_the_fault(story: Story) -> None:
@@ -104,6 +76,10 @@ def test_the_recovery_is_counted_once_and_leaves_nothing_behind(story: Story, pr
     state = prefill.ask("state")
     assert state["failed_sessions"] == []
     assert state["session_failures"] == {}
+
+
+def test_sglangs_own_classes_have_our_methods_and_no_others(prefill: Node) -> None:
+    assert prefill.ask("code")["foreign_methods"] == OUR_METHODS
 
 
 def test_exactly_one_probe_thread_runs_and_its_loop_is_ours(prefill: Node, python: pathlib.Path) -> None:

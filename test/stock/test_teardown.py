@@ -1,25 +1,28 @@
 """What happens to the probe when a manager is torn down and another takes its place in the same process?
 
-Only releases from 0.5.21 on have teardown() and the switch between the roles.
+Releases from 0.5.21 on have teardown() and the switch between the roles.
 """
 
 from __future__ import annotations
 
+import pathlib
 import time
 from collections.abc import Iterator
 
 import pytest
 from nodes import ENABLE, Node, Start, is_blacklisted, is_served, recovers
 
-pytestmark = pytest.mark.parametrize("release", ["0.5.23"], indirect=True, scope="session")
+pytestmark = pytest.mark.every_release
 
 QUICK_S = 0.5
 UNTIL_A_PROBE_HANGS_S = 0.3
 
 
 @pytest.fixture(scope="module")
-def prefill(start: Start, decode: Node) -> Node:
+def prefill(start: Start, decode: Node, connectors: pathlib.Path) -> Node:
     """A prefill node with the switch on, which decode has registered with."""
+    if "def teardown(" not in (connectors / "mooncake" / "conn.py").read_text():
+        pytest.skip("this release has no teardown()")
     node = start("prefill", **{ENABLE: "1"}).make()
     decode.make()
     assert is_served(node, decode)
