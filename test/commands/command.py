@@ -20,6 +20,8 @@ sys.path += [str(TEST_FOLDER / "faults"), str(TEST_FOLDER / "stock")]
 import processes  # noqa: E402
 
 MODULE = ("-m", "sglang_failed_session_probe")
+# A run of the tests in the background ignores it, and so would what it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start(
