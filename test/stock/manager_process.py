@@ -258,13 +258,16 @@ class ManagerProcess:
 
     def use_ascend(self) -> dict[str, Any]:
         """Let the managers be those of the Ascend connector. Its transfer library, which only an NPU can run, is
-        replaced by Mooncake over TCP; the connector and its engine are SGLang's own."""
+        replaced by Mooncake over TCP; the connector and its engine are SGLang's own.
+
+        Answer which arguments the Ascend manager does not take though the Mooncake connector may pass them."""
         for library in ("mf_adapter", "memfabric_hybrid"):  # to 0.5.6.post2; later
             sys.modules[library] = types.ModuleType(library)
             sys.modules[library].TransferEngine = ascend_library()  # type: ignore[attr-defined]
         self.conn = importlib.import_module("sglang.srt.disaggregation.ascend.conn")
         self.names["manager"] = "AscendKVManager"
-        return {}
+        passed = inspect.signature(self.conn.MooncakeKVManager.send_kvcache).parameters
+        return {"not_taken": [name for name in passed if not takes(self._manager_class().send_kvcache, name)]}
 
     def make(self, role: str, environment: dict[str, str]) -> dict[str, Any]:
         """Construct a manager; answer its session, or the sentence with which the settings were refused."""

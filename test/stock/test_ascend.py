@@ -19,7 +19,9 @@ def story(start: Start, connectors: pathlib.Path) -> Story:
         pytest.skip("this release has no Ascend connector")
     prefill, decode = start("prefill", **{ENABLE: "1"}), start("decode")
     for node in (prefill, decode):
-        node.ask("use_ascend")
+        not_taken = node.ask("use_ascend")["not_taken"]
+        if not_taken:
+            pytest.skip(f"SGLang's own Ascend connector cannot send on this release: it takes no {not_taken}")
         node.make()
     return play_story(prefill, decode)
 
