@@ -5,15 +5,14 @@ ENGINES = $$($(PYTHON) tools/environment.py engines)
 .PHONY: test test-fast faults mechanisms matrix bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
-# plus the downloads. Half of it is waiting, so the last two lines run side by side.
+# plus the downloads. Half of it is waiting, so the stock managers run beside all that comes after.
 test: network-tools
 	for release in 0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23; do \
 	  $(PYTHON) tools/environment.py sglang-$$release || exit 1; done
 	$(ENGINES) -m pytest -n 2 test/unit
 	$(ENGINES) -m pytest -n 8 test/faults
-	$(ENGINES) -m pytest -n 3 test/commands test/docs
 	$(ENGINES) -m pytest test/stock > .stock.log 2>&1 & stock=$$!; \
-	  $(ENGINES) -m pytest test/deploy test/doors test/servers; others=$$?; \
+	  $(ENGINES) -m pytest test/deploy test/doors test/servers test/commands test/docs; others=$$?; \
 	  wait $$stock; stock=$$?; cat .stock.log; exit $$((stock + others))
 
 # What needs no SGLang.
