@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -42,8 +43,8 @@ class Story:
 
 
 @pytest.fixture(scope="module", params=[environment.SHARED_RELEASE, "0.5.12.post1"])
-def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Story, Story]:
-    """With the feature and without it."""
+def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Story]:
+    """Plays the scenario on a release, with the feature or without it."""
     folder = tmp_path_factory.mktemp("servers")
     name = f"sglang-{request.param}"
     wheel = environment.built_wheel("engines", CHECKOUT, folder / "wheel")
@@ -57,7 +58,22 @@ def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             outcome = scenario.play(pair, feature, Silent())
             return Story(outcome, before, settled(pair))
 
-    return play(True), play(False)
+    return play
+
+
+@pytest.fixture(scope="module")
+def with_us(play: Callable[[bool], Story]) -> Story:
+    """With the feature."""
+    return play(True)
+
+
+@pytest.fixture(scope="module")
+def without(play: Callable[[bool], Story]) -> Story:
+    """Without the feature."""
+    return play(False)
+
+
+newest = pytest.mark.parametrize("play", [environment.SHARED_RELEASE], indirect=True, scope="module")
 
 
 def settled(pair: servers.ServerPair) -> dict[str, float]:
@@ -68,15 +84,15 @@ def settled(pair: servers.ServerPair) -> dict[str, float]:
     return seen
 
 
-def test_a_request_is_served_again_soon_after_the_decode_scheduler_goes_on(stories: tuple[Story, Story]) -> None:
-    seen = stories[0].outcome
+def test_a_request_is_served_again_soon_after_the_decode_scheduler_goes_on(with_us: Story) -> None:
+    seen = with_us.outcome
     assert seen.problems() == []
     assert seen.served_after_s is not None
     assert seen.served_after_s < 10
 
 
-def test_every_metric_is_there_from_the_start_and_tells_of_the_fault(stories: tuple[Story, Story]) -> None:
-    before, after = stories[0].before, stories[0].after
+def test_every_metric_is_there_from_the_start_and_tells_of_the_fault(with_us: Story) -> None:
+    before, after = with_us.before, with_us.after
     ours = {series for series in after if series.startswith(OURS)}
     assert ours == {series for series in before if series.startswith(OURS)}, "an alert on it has no data until a fault"
     assert {series for series in ours if before[series]} == {f"{OURS}_probes_limit"}
@@ -104,12 +120,13 @@ EXPECTED = {
 }
 
 
-def test_sglangs_own_metrics_are_those_that_it_has_without_us(stories: tuple[Story, Story]) -> None:
-    with_us, without = stories
+@newest
+def test_sglangs_own_metrics_are_those_that_it_has_without_us(with_us: Story, without: Story) -> None:
     assert without.names() >= {"sglang:num_requests_total", "sglang:num_running_reqs"}, "SGLang tells nothing here"
     assert with_us.names() == without.names()
 
 
-def test_without_the_feature_there_is_no_metric_of_ours(stories: tuple[Story, Story]) -> None:
-    ours = {series.partition("{")[0] for series in stories[1].after if series.startswith(OURS)}
+@newest
+def test_without_the_feature_there_is_no_metric_of_ours(without: Story) -> None:
+    ours = {series.partition("{")[0] for series in without.after if series.startswith(OURS)}
     assert ours <= {scenario.COUNTER}, "only SGLang's own"
