@@ -307,6 +307,27 @@ def test_a_peer_that_falls_silent_at_its_verification_must_settle_again() -> Non
     assert prober.let_in(D) == [(about(silent_at + 0.25 + 1.0), None)]
 
 
+def test_a_peer_whose_data_path_comes_back_during_its_verification_settles_once_more() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(read_takes=3.0))
+    prober.run(4.9)
+    assert prober.request(D), "let in while other lanes still carry bytes of the failed transfer"
+    prober.run(1)
+    assert prober.let_in(D) == [(about(1.0 + 3.0 + 1.0), None)]
+    assert prober.moments("verification", D) == about([1.0])
+
+
+def test_a_peer_that_falls_silent_after_a_slow_verification_is_verified_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(read_takes=3.0))
+    prober.run(4.5)
+    prober.becomes(D, REFUSING)
+    prober.run(1)
+    prober.becomes(D, HEALTHY)
+    prober.run(5)
+    assert len(prober.moments("verification", D)) == 2, "let in on a read from before its silence"
+
+
 @pytest.mark.parametrize(
     ("took_s", "pauses_s"),
     [

@@ -62,7 +62,8 @@ VERIFY_PAUSE_FACTOR = 10.0
 # lanes to it in a cooldown, so the pause grows with the time since it came back.
 VERIFY_SHARE_OF_TIME_BACK = 0.5
 # One verification at a time (a live peer's takes 3 ms), but one that is slow (a lane in its cooldown: 1 s, packets
-# dropped: 30 s) lets another go beside it. A slow read spins a core, so they are few.
+# dropped: 30 s) lets another go beside it. A slow read spins a core, so they are few. A read waits for any one lane to
+# come back: what a failed transfer has left on the other three lands up to 0.5 s after that, so the peer settles again.
 SLOW_VERIFICATION_S = 0.05
 VERIFICATION_LIMIT = 4
 # Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
@@ -133,6 +134,7 @@ class _Session:
         "id",
         "looks_in_vain",  # verifications that failed since it was last verified
         "prompt",  # the last probe in this generation was answered, or came back before it was stuck
+        "readable",  # a slow verification has read its memory: it is only to settle once more
         "refused",  # how often a request asked for it in vain
         "registration",  # on probation: what the peer had registered when it was let in
         "relapses",
@@ -168,6 +170,7 @@ class _Session:
         self.due_at = _NEVER
         self.answered_since: Optional[float] = None
         self.prompt = False
+        self.readable = False
 
     def begin_probation(self, registration: object) -> None:
         self.blacklisted = False
@@ -399,6 +402,10 @@ class FailedSessions(set[Any]):
             record.unreadable = why
             record.verify_after = now + self._verify_pause_s(record, now, took_s=now - question.asked_at)
             self._schedule_next_probe(record, now)
+        elif verdict is Verdict.READABLE and now - question.asked_at >= SLOW_VERIFICATION_S:
+            record.readable = True
+            record.answered_since = now
+            self._heard_from(record, now)
         else:
             self._let_in(record, now, unverified=None)
 
@@ -497,7 +504,7 @@ class FailedSessions(set[Any]):
             self._schedule_at(record, min(settled_at, now + self._settings.interval_s))
         elif now < record.hold_until:
             self._schedule_next_probe(record, now)
-        elif not self.verifying:
+        elif record.readable or not self.verifying:
             self._let_in(record, now, unverified=None)
         elif now >= self._opens_at(record) and (record.unreadable or record in self._to_verify):
             self._let_in(record, now, unverified=record.unreadable or "other verifications took all the time")
@@ -508,6 +515,7 @@ class FailedSessions(set[Any]):
 
     def _not_heard_from(self, record: _Session, now: float) -> None:
         record.answered_since = None
+        record.readable = False
         self._to_verify.pop(record, None)
         self._schedule_next_probe(record, now)
 
