@@ -1,7 +1,7 @@
 """Does the patch fit this SGLang? Reads the files of an unedited release; imports neither SGLang nor what it needs.
 
 What the patch refuses at run time with an ERROR line is ``missing`` here, in the same words. ``doubts`` are what it
-cannot see at run time, and with which it might not heal: a second name for the blacklist, a use without the lock.
+might not see at run time, and with which it might not heal: a use without the lock, a second name given later.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _ENGINE_CLASS = "MooncakeTransferEngine"
 _ROLE = "disaggregation_mode"
 _BLACKLIST = "failed_sessions"
 _LOCK = "session_lock"
+_SECOND_ATTRIBUTE = "another attribute is the same set"
 _FIELD_TYPES = ("EnvBool", "EnvFloat", "EnvInt")
 
 _WRITERS = frozenset(
@@ -210,6 +211,9 @@ class _File(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
             self._assigned(target, node.value)
+            if getattr(target, "attr", "") == _BLACKLIST and len(node.targets) > 1:
+                kept = _SECOND_ATTRIBUTE
+                self.uses.append(_Use(self._self_of(target), self._function, node.lineno, self._locked, "", kept))
         self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
@@ -277,6 +281,9 @@ def _use_of(above: list[ast.AST]) -> tuple[str, str]:
         return "", "" if _only_looks(parent.func) else f"it is passed on to {ast.unparse(parent.func)}"
     if isinstance(parent, (*_LOOKING_NODES, ast.IfExp)):
         return "", ""
+    targets = parent.targets if isinstance(parent, ast.Assign) else [getattr(parent, "target", None)]
+    if any(isinstance(target, ast.Attribute) for target in targets):
+        return "", _SECOND_ATTRIBUTE
     return "", "it is returned" if isinstance(parent, (ast.Return, ast.Yield)) else "it gets a second name"
 
 
@@ -478,9 +485,9 @@ class _Examination:
             self._missing.append(f"set {_MANAGER}.{name} (it is a {'dict' if said == '{}' else short})")
         elif name == "session_failures" and not re.match(r"(\w+\.)*(defaultdict|dict|Counter)\(|\{", said):
             self._doubt("session_failures is a dict", f"{_MANAGER}.{name} is no dict but {short}", file.path, made.line)
-        elif name == _LOCK and not re.fullmatch(r"(threading\.)?Lock\(\)", said):
+        elif name == _LOCK and not re.fullmatch(r"(threading\.)?R?Lock\(\)", said):
             doubt = f"{_MANAGER}.{name} is no threading.Lock() but {short}"
-            self._doubt("session_lock is a plain lock", doubt, file.path, made.line)
+            self._doubt("session_lock is a lock", doubt, file.path, made.line)
 
     def _is_set(self, value: ast.expr, file: _File) -> bool:
         if isinstance(value, (ast.Set, ast.SetComp)):
@@ -501,6 +508,7 @@ class _Examination:
 
     def _look_at_uses(self, files: list[_File], owners: set[tuple[pathlib.Path, str]], locks: bool) -> None:
         held = _called_with_lock(files)
+        at_start = _called_by("__init__", files)
         uses = [
             (file, use)
             for file in files
@@ -508,7 +516,9 @@ class _Examination:
             if not use.of_self or (file.path, use.of_self) in owners  # else it is another class's own
         ]
         for file, use in uses:
-            if use.kept:
+            if use.kept == _SECOND_ATTRIBUTE and use.function in at_start:
+                self._need("failed_sessions has no second name", f"{_MANAGER}.{_BLACKLIST} without a second name", None)
+            elif use.kept:
                 doubt = f"{use.function} keeps {_MANAGER}.{_BLACKLIST}: {use.kept}, which the probe does not follow"
                 self._doubt("failed_sessions has no second name", doubt, file.path, use.line)
             elif locks and not use.locked and use.function not in held | file.handles_lock:

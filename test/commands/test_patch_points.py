@@ -138,6 +138,8 @@ def small(folder: pathlib.Path, edits: dict[str, tuple[str, str]]) -> pathlib.Pa
     [
         {CONN: ("failed_sessions", "dead_sessions")},
         {CONN: ("set()", "{}")},
+        {CONN: ("failed_sessions = set()", "failed_sessions = self.dead = set()")},
+        {CONN: ("set()\n", "set()\n            self.dead = self.failed_sessions\n")},
         {CONN: ("session_failures", "failures")},
         {CONN: ("session_lock", "guard")},
         {CONN: ("self.init_engine()", "pass"), "srt/disaggregation/base.py": ("self.engine", "engine")},
@@ -211,8 +213,12 @@ def another_method(line: str) -> dict[str, str]:
 
 BLACKLIST = "MooncakeKVManager.failed_sessions"
 DOUBTS = {
-    "second name": (
-        after_it_is_made("self.dead = self.failed_sessions"),
+    "second name later": (
+        another_method("self.dead = self.failed_sessions"),
+        f"more keeps {BLACKLIST}: another attribute is the same set",
+    ),
+    "a variable": (
+        after_it_is_made("dead = self.failed_sessions"),
         f"__init__ keeps {BLACKLIST}: it gets a second name",
     ),
     "passed on": (after_it_is_made("Watcher(self.failed_sessions)"), "it is passed on to Watcher"),
@@ -221,9 +227,9 @@ DOUBTS = {
     "returned by getattr": (another_method("return getattr(self, 'failed_sessions', 0) or []"), "it is returned"),
     "rebound": (another_method("self.failed_sessions = set()"), f"{BLACKLIST} is made anew in more"),
     "no lock": (another_method("return len(self.failed_sessions)"), f"more uses {BLACKLIST} without session_lock"),
-    "RLock": (
-        {r"session_lock = threading\.Lock\(\)": "session_lock = threading.RLock()"},
-        "session_lock is no threading.Lock() but threading.RLock()",
+    "no lock of threading": (
+        {r"session_lock = threading\.Lock\(\)": "session_lock = asyncio.Lock()"},
+        "session_lock is no threading.Lock() but asyncio.Lock()",
     ),
     "no dict": (
         {r"session_failures = defaultdict\(int\)": "session_failures = Failures()"},
@@ -285,6 +291,7 @@ HARMLESS = {
         "        with self.session_lock:\n",
         "        lock = self.session_lock\n        with lock:\n",
     ),
+    "a lock that its thread may take twice": ("threading.Lock()", "threading.RLock()"),
     "a look for the log": (
         "            self.failed_sessions.add(session)",
         "            self.failed_sessions.add(session)\n            self.logger.info('%s', self.failed_sessions)",

@@ -51,6 +51,10 @@ BUILDS = {
         },
         "failed_sessions",
     ),
+    "blacklist has a second name": Build(
+        {CONN: {r"( +)(self\.failed_sessions = set\(\)\n)": r"\1\2\1self.dead_sessions = self.failed_sessions\n"}},
+        "failed_sessions without a second name",
+    ),
     "manager's class renamed": Build(
         {file: {r"\bMooncakeKVManager\b": "MooncakeManager"} for file in (CONN, PACKAGE)},
         "MooncakeKVManager",
@@ -60,6 +64,7 @@ BUILDS = {
         {ENGINE: {r"\bMooncakeTransferEngine\b": "SharedEngine"}}, "MooncakeTransferEngine"
     ),
 }
+LOCK_TAKEN_TWICE = Build({CONN: {r"session_lock = threading\.Lock\(\)": "session_lock = threading.RLock()"}}, "")
 
 
 def make(build: Build, python: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:

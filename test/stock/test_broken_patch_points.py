@@ -11,11 +11,12 @@ from nodes import ENABLE, Node, Start, is_served, recovers
 Prefill = Callable[[str], Node]
 
 CASES = {
-    "0.5.8.post1": ["blacklist renamed", "blacklist is a dict"],
+    "0.5.8.post1": ["blacklist renamed", "blacklist is a dict", "blacklist has a second name"],
     "0.5.12.post1": ["lock renamed", "engine's class renamed"],
     "0.5.23": [
         "blacklist renamed",
         "blacklist is a dict",
+        "blacklist has a second name",
         "lock renamed",
         "manager's class renamed",
         "engine's class renamed",

@@ -45,6 +45,11 @@ class MooncakeKVManager:
 ORIGINAL = dict(vars(MooncakeKVManager))
 """
 
+AFTER_IT_IS_MADE = CONN.replace("set()\n", "set()\n            {}\n")
+TO_A_THREAD = (
+    "threading.Thread(target=lambda _: threading.Event().wait(), args=[self.failed_sessions], daemon=True).start()"
+)
+
 ENVIRON = """
 class EnvField:
     def __init__(self, default):
@@ -274,12 +279,29 @@ def test_where_the_patch_does_not_fit_a_native_probe_goes_on_as_before(story: St
     [
         ({CONN_FILE: CONN.replace("set()", "{}")}, "set MooncakeKVManager.failed_sessions (it is a dict)"),
         ({CONN_FILE: CONN.replace("session_lock", "lock")}, "MooncakeKVManager.session_lock"),
+        ({CONN_FILE: CONN.replace("threading.Lock", "threading.Event")}, "session_lock (it is a Event)"),
+        ({CONN_FILE: CONN.replace("collections.defaultdict(int)", "[]")}, "dict MooncakeKVManager.session_failures"),
+        ({CONN_FILE: AFTER_IT_IS_MADE.format("self.dead = self.failed_sessions")}, "without a second name"),
+        ({CONN_FILE: AFTER_IT_IS_MADE.format("self.is_dead = self.failed_sessions.__contains__")}, "second name"),
+        ({CONN_FILE: AFTER_IT_IS_MADE.format(TO_A_THREAD)}, "without a second name"),
         ({CONN_FILE: CONN.replace("disaggregation_mode", "mode")}, "MooncakeKVManager.__init__"),
         ({CONN_FILE: CONN + "_blacklist = 'taken'"}, "_blacklist"),
         ({CONN_FILE: CONN + "def _received(): pass"}, "_received"),
         ({ENVIRON_FILE: ENVIRON.replace("EnvFloat", "EnvDouble")}, "sglang.srt.environ"),
     ],
-    ids=["dict", "no lock", "no role", "name taken", "function taken", "no field type"],
+    ids=[
+        "dict",
+        "no lock",
+        "lock of another kind",
+        "failures of another kind",
+        "second name",
+        "method kept",
+        "handed to a thread",
+        "no role",
+        "name taken",
+        "function taken",
+        "no field type",
+    ],
 )
 def test_a_patch_point_that_is_missing_is_one_error_and_sglang_runs_on_unpatched(
     files: dict[str, str], said: str, story: Story
@@ -297,6 +319,10 @@ assert probe_threads() == 0
     assert error.startswith("ERROR Failed-session probe is NOT active")
     assert "SGLang 9.9" in error
     assert any(said in line for line in lines), "an operator is not told what is missing"
+
+
+def test_a_lock_that_its_thread_may_take_twice_will_do(story: Story) -> None:
+    story("activate(); assert heals(prefill())", {CONN_FILE: CONN.replace("threading.Lock", "threading.RLock")})
 
 
 def test_a_release_without_the_class_is_one_error_that_names_it(story: Story) -> None:

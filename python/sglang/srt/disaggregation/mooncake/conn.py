@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -56,6 +57,13 @@ _LEAST_STUCK_LIMIT = 64
 # With a hundred blacklisted, what falls due within this time is asked in one round; with fewer, in less. Rounds cost.
 _LONGEST_ROUND_S = 0.05
 _ROUND_S_PER_SESSION = 0.0005
+# What a prefill manager must have, and of which kinds.
+_NEEDED: dict[str, tuple[type, ...]] = {
+    "engine": (object,),
+    "failed_sessions": (set,),
+    "session_failures": (dict,),
+    "session_lock": (type(threading.Lock()), type(threading.RLock())),
+}
 # After a fault of our own.
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
@@ -418,12 +426,19 @@ def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch
 
 
 def _missing_of(manager: Any) -> str:
-    """What a prefill manager lacks for the probe, in words; empty if nothing."""
-    for name in ("engine", "failed_sessions", "session_failures", "session_lock"):
+    """What a prefill manager lacks for the probe, in words; empty if nothing. ``session_lock`` must not be held."""
+    for name, kinds in _NEEDED.items():
         if not hasattr(manager, name):
             return f"MooncakeKVManager.{name}"
-    if not isinstance(manager.failed_sessions, set):
-        return f"set MooncakeKVManager.failed_sessions (it is a {type(manager.failed_sessions).__name__})"
+        if not isinstance(getattr(manager, name), kinds):
+            kind = type(getattr(manager, name)).__name__
+            return f"{kinds[0].__name__} MooncakeKVManager.{name} (it is a {kind})"
+    with manager.session_lock:
+        blacklist = manager.failed_sessions
+        # Else the manager's attribute, the variable here and the argument refer to it. A holder of the plain set would
+        # not see what ours hears, and would refuse or serve by it for ever.
+        if not isinstance(blacklist, _blacklist.FailedSessions) and sys.getrefcount(blacklist) > 3:
+            return "MooncakeKVManager.failed_sessions without a second name"
     return ""
 
 
