@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults mechanisms matrix bench wheel dist network-tools
+.PHONY: test test-fast faults mechanisms matrix newest bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
 # plus the downloads. Half of it is waiting, so the stock managers run beside all that comes after.
@@ -41,6 +41,11 @@ matrix:
 	  || touch .matrix/failed; done
 	$(PYTHON) tools/matrix_table.py docs/matrix.md .matrix/*.xml
 	@test ! -e .matrix/failed
+
+# The newest SGLang and Mooncake that the registry has, for a job that runs every day: reads the patch points, plays the
+# story, and says which patch point is gone. Two minutes, the first time plus the downloads.
+newest:
+	$(PYTHON) tools/newest.py
 
 # Breaks each mechanism in a copy of the tree and says which test sees it. About half an hour.
 mechanisms:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
-from installation import RELEASES, sglang_folder
+from installation import RELEASES, environment_with, sglang_folder
 from places import Place
 
 PROCESS = pathlib.Path(__file__).with_name("door_process.py")
@@ -30,7 +30,7 @@ ON = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "1"}
 def test_the_probe_is_active_through_either_door(
     place_with: Callable[..., Place], release: str, package: str, sglang: str, door: str
 ) -> None:
-    assert_active(place_with(f"sglang-{release}", package, sglang), plugins=door == "entry point")
+    assert_active(place_with(environment_with(release), package, sglang), plugins=door == "entry point")
 
 
 @pytest.mark.every_release
@@ -38,7 +38,7 @@ def test_the_probe_is_active_through_either_door(
 def test_where_sglang_has_plugins_the_entry_point_alone_is_enough(
     place_with: Callable[..., Place], release: str
 ) -> None:
-    place = place_with(f"sglang-{release}", "wheel")
+    place = place_with(environment_with(release), "wheel")
     if not (sglang_folder(place.python) / "srt" / "plugins").is_dir():
         pytest.skip("this release has no plugins")
     assert_active(place, plugins=True)
@@ -64,7 +64,7 @@ def test_the_engines_module_does_not_bring_the_connector_with_it(place_with: Cal
 @pytest.fixture(scope="module", params=RELEASES)
 def undone(request: pytest.FixtureRequest, place_with: Callable[..., Place]) -> dict[str, list[str]]:
     """What activate() and deactivate() have changed in a process that had imported the stock connector."""
-    return json.loads(place_with(f"sglang-{request.param}", "wheel").run(PROCESS, "undone").stdout)
+    return json.loads(place_with(environment_with(request.param), "wheel").run(PROCESS, "undone").stdout)
 
 
 @pytest.mark.every_release

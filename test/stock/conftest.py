@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 import pytest
-from installation import RELEASES, environment, limit_only_the_test, sglang_folder, wheel  # noqa: F401
+from installation import RELEASES, environment, environment_with, limit_only_the_test, sglang_folder, wheel  # noqa: F401
 from nodes import ENABLE, Node, Start
 
 
@@ -21,7 +21,7 @@ def release(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def python(release: str, wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The python of an environment with that release and our wheel, both really installed."""
-    return environment.with_wheel(f"sglang-{release}", wheel, tmp_path_factory.mktemp(release) / "venv")
+    return environment.with_wheel(environment_with(release), wheel, tmp_path_factory.mktemp(release) / "venv")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,12 @@ import environment  # noqa: E402
 
 # From the oldest that has the blacklist to the newest; `make matrix` takes more.
 RELEASES = os.environ.get("SGLANG_RELEASES", "0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23").split()
+MOONCAKE = os.environ.get("MOONCAKE_RELEASE", environment.MOONCAKE_VERSION)
+
+
+def environment_with(release: str) -> str:
+    """The name of the environment with that release of SGLang, and with the Mooncake of MOONCAKE_RELEASE."""
+    return f"sglang-{release}" if MOONCAKE == environment.MOONCAKE_VERSION else f"sglang-{release}+{MOONCAKE}"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,90 @@
+"""Do the newest SGLang and the newest Mooncake that the registry has still fit the patch?
+
+    python3 tools/newest.py
+
+Reads the patch points of that SGLang, and plays the whole story on two managers of it. Exit status 1 if one of them
+fails; the last line then says which patch point is gone, or that all are there and the story has failed.
+Standard library only, like environment.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import environment
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
+EXAMINE = """
+import pathlib, sys
+from sglang_failed_session_probe import patch_points
+points = patch_points.examine(pathlib.Path(sys.argv[1]))
+for finding in points.findings:
+    print(f"  {finding.name}: {finding.where or 'not found'}")
+trouble = [f"SGLang {points.release} has no {missing}" for missing in points.missing] + [
+    f"in SGLang {points.release} {doubt}" for doubt in points.doubts]
+print("; ".join(trouble) or f"the patch points of SGLang {points.release} are all there")
+sys.exit(bool(trouble))
+"""
+
+
+def newest(package: str) -> str:
+    """The newest version that pip would install here. Raises CannotMake if there is none."""
+    arguments = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-", package]
+    python = environment.python("engines")
+    done = environment.run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments])
+    if done.returncode:
+        raise environment.CannotMake(f"pip finds no {package}:\n{done.stdout[-2000:]}")
+    (found,) = json.loads(done.stdout[done.stdout.index("{") :])["install"]
+    return str(found["metadata"]["version"])
+
+
+def unpacked(package: str, version: str, folder: pathlib.Path) -> pathlib.Path:
+    """Download that wheel and unpack it; return the folder of its package."""
+    python = environment.python("engines")
+    download = [
+        "download",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "-d",
+        str(folder),
+        f"{package}=={version}",
+    ]
+    done = environment.run([str(python), "-m", "pip", *download])
+    if done.returncode:
+        raise environment.CannotMake(f"pip cannot download {package} {version}:\n{done.stdout[-2000:]}")
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder / package
+
+
+def main() -> int:
+    """Say what is newest, read its patch points, play the story."""
+    sglang, mooncake = newest("sglang"), newest(environment.MOONCAKE)
+    print(f"the newest are SGLang {sglang} and Mooncake {mooncake}", flush=True)
+    python = environment.python("engines")
+    with tempfile.TemporaryDirectory() as folder:
+        package = unpacked("sglang", sglang, pathlib.Path(folder))
+        variables = {**os.environ, "PYTHONPATH": str(CHECKOUT / "python")}
+        if subprocess.run([python, "-c", EXAMINE, package], env=variables).returncode:
+            return 1
+    variables = {**os.environ, "SGLANG_RELEASES": sglang, "MOONCAKE_RELEASE": mooncake}
+    tests = ["-m", "pytest", "-m", "every_release", "test/doors", "test/stock"]
+    if subprocess.run([python, *tests], env=variables, cwd=CHECKOUT).returncode:
+        print(f"the patch points of SGLang {sglang} are all there, and on Mooncake {mooncake} the story has failed")
+        return 1
+    print(f"the patch heals SGLang {sglang} on Mooncake {mooncake}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except environment.CannotMake as error:
+        sys.exit(f"newest: {error}")
