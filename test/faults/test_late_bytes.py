@@ -93,18 +93,7 @@ def slow_network() -> Iterator[str]:
 
 
 @needs_network
-@pytest.mark.parametrize(
-    "settle_s",
-    [
-        pytest.param(
-            "1",
-            marks=pytest.mark.xfail(
-                raises=LateBytes, strict=True, reason="the default covers only what the link carries in a second"
-            ),
-        ),
-        "5",
-    ],
-)
+@pytest.mark.parametrize("settle_s", ["1", "5"])
 def test_on_a_slow_link_the_settle_time_must_cover_what_a_failed_transfer_has_left(
     tmp_path: pathlib.Path, record_fault: RecordFault, settle_s: str
 ) -> None:
