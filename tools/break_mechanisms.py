@@ -121,8 +121,9 @@ BREAKS = [
     Break(
         "no engine call under the lock",
         CONN,
-        "                workers.start(self._look, question, answers)\n",
-        "                with self._lock:\n                    answers.put((question, self._look(question), None))\n",
+        "        workers.start(self._look, questions, answers)\n",
+        "        with self._lock:\n            for question in questions:\n"
+        "                answers.put((question, self._look(question), None))\n",
     ),
     Break("a failure wakes the loop", SESSIONS, "        self._wake()\n\n    def _is_past", "\n    def _is_past"),
     Break("four reads in a row", PROBE, "for _ in range(READS_IN_A_ROW):", "for _ in range(1):"),

@@ -191,7 +191,7 @@ class _Aside:
 
     def do(self, job: Callable[[], Any]) -> Any:
         """Gives what the job gives or raises what it raises; says on a terminal that it waits."""
-        self._workers.start(lambda _: job(), None, self._results)
+        self._workers.start(lambda _: job(), [None], self._results)
         began = time.monotonic()
         try:
             while (result := self._result()) is None:

@@ -348,6 +348,28 @@ def test_teardown_waits_for_a_probe_that_is_about_to_return(make_manager: MakeMa
     assert returned.is_set()
 
 
+def test_a_session_that_is_let_in_while_the_manager_stops_is_told(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_VERIFY", "0")
+    caplog.set_level(logging.INFO)
+    engine = Engine()
+    manager = make_manager(engine)
+
+    def answers_as_the_manager_stops() -> int:
+        manager._failed_session_probe_shutdown.set()
+        return 0
+
+    engine.probe[D] = answers_as_the_manager_stops
+    before = recoveries()
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager))
+    manager.teardown()
+    assert recoveries() == before + 1, "the metrics do not add up"
+    assert f"Session {D} recovered via probe; un-blacklisted" in caplog.text
+
+
 def test_nobody_is_asked_after_teardown(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
     engine = Engine(probe=REFUSED)

@@ -112,6 +112,21 @@ def test_many_that_refuse_share_350_probes_a_second_and_more_only_for_interval(n
     assert min(last_asked[session] for session in refusing) >= 100 - 30 - 3, "longer than INTERVAL unprobed"
 
 
+@pytest.mark.parametrize("interval_s", [30.0, 15.0, 5.0])
+def test_what_may_be_asked_while_the_daemon_thread_sleeps_a_round_is_asked_after_it(interval_s: float) -> None:
+    settings = FailedSessionProbeSettings(interval_s=interval_s)
+    clock = Clock()
+    sessions = FailedSessions(settings, many("refusing", 10_000), clock=clock)
+    asked = 0
+    while clock.now < interval_s:
+        while questions := sessions.take_due():
+            asked += len(questions)
+            for question in questions:
+                sessions.answered(question, False)
+        clock.now += failed_sessions.LONGEST_ROUND_S
+    assert asked >= 10_000, "many go unprobed for longer than INTERVAL"
+
+
 def test_a_rack_of_64_is_asked_at_once_and_one_that_fails_then_too() -> None:
     prober = VirtualProber(concurrency=100)
     prober.fail(*many("refusing", 64), peer=REFUSING)

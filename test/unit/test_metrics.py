@@ -169,6 +169,16 @@ def test_each_result_of_a_probe_is_counted_and_how_long_probes_take(
     assert metrics.grown(f"{PROBE_DURATION}_sum") < 0.1 * probes
 
 
+def test_probes_that_end_together_are_counted_one_by_one(make_manager: MakeManager, metrics: Metrics) -> None:
+    engine = Engine(probe=REFUSED)
+    manager = make_manager(engine)
+    blacklist(manager, *many(40))
+    assert wait_until(lambda: len(engine.asked) >= 40)
+    manager.teardown()
+    assert metrics.probes() == {"unanswered": len(engine.asked)}
+    assert metrics.grown(f"{PROBE_DURATION}_count") == len(engine.asked)
+
+
 def test_answers_and_good_verifications_are_answered(make_manager: MakeManager, metrics: Metrics) -> None:
     assert results(make_manager, metrics, Engine(), "answered") == {"answered"}
     assert metrics.reads(RECOVERIES, 1)

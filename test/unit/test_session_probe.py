@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import queue
+import threading
+import time
 import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from fake_engine import REFUSED, Engine, raises
 from sglang.srt.disaggregation.mooncake import session_probe
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
 from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
-from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, Workers
 from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
 
 D = "decode:7001"
@@ -165,3 +169,65 @@ def test_lanes_are_left_alone_where_every_read_is_slow(monkeypatch: pytest.Monke
     engine = Engine(read=slow)
     reader(engine).verify(D, was_gone=True)
     assert len(engine.reads) == 1
+
+
+# Threads.
+
+
+class Crew:
+    """Workers that are given jobs, and what comes back."""
+
+    def __init__(self) -> None:
+        self._workers = Workers("crew")
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def start(self, job: Callable[[Any], Any], subjects: Iterable[Any]) -> None:
+        self._workers.start(job, subjects, self._results)
+
+    def results(self, number: int) -> list[tuple[Any, Any, Any]]:
+        return [self._results.get(timeout=10) for _ in range(number)]
+
+    def close(self) -> None:
+        self._workers.close()
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    crew = Crew()
+    yield crew
+    crew.close()
+
+
+def test_jobs_that_return_at_once_are_done_by_one_thread_and_have_all_come_back_then(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_probe, "MOST_RETURN_WITHIN_S", 10.0)
+    threads = set()
+    began = time.monotonic()
+    for _ in range(2):
+        crew.start(lambda _: threading.get_ident(), range(16))
+        assert crew._results.qsize() == 16, "the loop wakes for each answer, which costs more than the probe"
+        threads |= {thread for _, thread, _ in crew.results(16)}
+    assert len(threads) == 1, "a thread wakes for each probe, which costs as much as the probe"
+    assert time.monotonic() - began < 5.0, "answers that have come are left lying"
+
+
+@pytest.mark.parametrize("hung", [{0}, {3}, {0, 1, 15}, set(range(15))], ids=str)
+def test_jobs_that_hang_hold_up_none_that_were_started_with_them(crew: Crew, hung: set[int]) -> None:
+    goes_on = threading.Event()
+    crew.start(lambda number: goes_on.wait(30) if number in hung else None, range(16))
+    well = set(range(16)) - hung
+    came = {subject for subject, _, _ in crew.results(len(well))}
+    goes_on.set()
+    assert came == well, "a peer that is well is not asked for a minute"
+    crew.results(len(hung))
+
+
+def test_where_no_thread_can_be_had_each_job_comes_back_with_the_reason(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading.Thread, "start", lambda _: raises(RuntimeError("can't start new thread"))())
+    crew.start(lambda _: None, range(16))
+    came = crew.results(16)
+    assert {subject for subject, _, _ in came} == set(range(16)), "a session is never asked again"
+    assert all("can't start new thread" in repr(error) for _, _, error in came)

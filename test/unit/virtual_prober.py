@@ -172,17 +172,15 @@ class VirtualProber:
             self._note_events()
 
     def _start_due(self) -> int:
-        started = 0
         if self._shut_down_at <= self.clock.now:
-            return started
-        while questions := self.sessions.take_due():
-            started += len(questions)
-            for question in questions:
-                self._ask(question)
+            return 0
+        questions = self.sessions.take_due()
+        for question in questions:
+            self._ask(question)
         due_in = self.sessions.next_due_in()
         self._wakes_at = math.inf if due_in is None else self.clock.now + due_in
         self._note_events()
-        return started
+        return len(questions)
 
     def _ask(self, question: Question) -> None:
         peer = self._peers[question.session]

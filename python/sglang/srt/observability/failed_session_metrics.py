@@ -11,7 +11,8 @@ import logging
 import os
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import Event
@@ -143,12 +144,14 @@ class FailedSessionMetrics:
         for gauge in (_BLACKLISTED, _IN_FLIGHT, _LIMIT):
             self._show(gauge, 0)
 
-    def probed(self, result: str, took_s: Optional[float] = None) -> None:
-        """A probe or verification ended with one of RESULTS; ``took_s``: a probe that returned after so long."""
+    def probed(self, ended: Sequence[tuple[str, Optional[float]]]) -> None:
+        """Probes and verifications ended, each with one of RESULTS and, if it is a probe that returned, its seconds."""
         with harmless():
-            _PROBES.labels(result).inc()
-            if took_s is not None:
-                _PROBE_DURATION.observe(took_s)
+            for result, number in Counter(result for result, _ in ended).items():
+                _PROBES.labels(result).inc(number)
+            for _, took_s in ended:
+                if took_s is not None:
+                    _PROBE_DURATION.observe(took_s)
 
     def heard(self, event: Event, details: dict[str, Any]) -> None:
         """Counts an event of the blacklist; recoveries are counted by who knows SGLang's counter."""

@@ -54,8 +54,7 @@ _ANSWERS_AT_A_TIME = 32
 # Threads that may hang in probes, as a share of those that the pod may have: eight ranks take half of them at most.
 _SHARE_OF_THREADS = 1 / 16
 _LEAST_STUCK_LIMIT = 64
-# With a hundred blacklisted, what falls due within this time is asked in one round; with fewer, in less. Rounds cost.
-_LONGEST_ROUND_S = 0.05
+# The longest round is for two hundred blacklisted; with fewer it is shorter.
 _ROUND_S_PER_SESSION = 0.0005
 # What a prefill manager must have, and of which kinds.
 _NEEDED: dict[str, tuple[type, ...]] = {
@@ -144,7 +143,7 @@ class _FailedSessionProber:
                 if wait_s is None:
                     self._log.sum_up(at_once=True)  # it may be long until there is more to say
                 else:
-                    wait_s = max(wait_s, min(_LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
+                    wait_s = max(wait_s, min(_blacklist.LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
                 self._hand_over(self._inbox, wait_s)
             except Exception as fault:
                 self._say_fault(fault)
@@ -152,6 +151,7 @@ class _FailedSessionProber:
         deadline = time.monotonic() + _STOP_GRACE_S
         while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
             self._hand_over(self._inbox, left_s)
+        self._report()
         workers.close()
         self._log.sum_up(at_once=True)
         self.metrics.stop()
@@ -186,17 +186,12 @@ class _FailedSessionProber:
         self, workers: _session_probe.Workers, answers: queue.SimpleQueue[Any], due_by: float = float("inf")
     ) -> tuple[int, Optional[float]]:
         """Starts what is due. Gives how many, and the seconds until more is, None while nothing is blacklisted."""
-        started = 0
-        while True:
-            with self._lock:
-                questions = [] if self.shutdown.is_set() else self.sessions.take_due(due_by)
-                wait_s = None if questions else self.sessions.next_due_in()
-            for question in questions:
-                workers.start(self._look, question, answers)
-            self._report()
-            if not questions:
-                return started, wait_s
-            started += len(questions)
+        with self._lock:
+            questions = [] if self.shutdown.is_set() else self.sessions.take_due(due_by)
+            wait_s = self.sessions.next_due_in()
+        workers.start(self._look, questions, answers)
+        self._report()
+        return len(questions), wait_s
 
     def _look(self, question: _blacklist.Question) -> tuple[Any, float]:
         """Asks the peer, or verifies it; gives what came of it and the seconds it took. Runs on a worker thread."""
@@ -224,18 +219,22 @@ class _FailedSessionProber:
                     self.sessions.lost(question)
         if fault is not None:
             self._say_fault(fault)
-        for question, result, error in received:
-            if error is not None:
-                self._log.probe_raised(question.session, error)
-                self.metrics.probed("error")
-            elif not self._can_probe:
-                self.metrics.probed("unavailable")
-            elif question.verify:
-                self.metrics.probed(_RESULT_OF_VERDICT.get(result[0][0], "answered"))
-            else:
-                self.metrics.probed("answered" if result[0] == 0 else "unanswered", took_s=result[1])
-        self._report()
+        self.metrics.probed([self._ended(*answer) for answer in received])
         return len(received)
+
+    def _ended(
+        self, question: _blacklist.Question, result: Any, error: Optional[BaseException]
+    ) -> tuple[str, Optional[float]]:
+        """How an answer is counted, and the seconds that a probe took. Says what was raised."""
+        if error is not None:
+            self._log.probe_raised(question.session, error)
+            return "error", None
+        if not self._can_probe:
+            return "unavailable", None
+        outcome, took_s = result
+        if question.verify:
+            return _RESULT_OF_VERDICT.get(outcome[0], "answered"), None
+        return "answered" if outcome == 0 else "unanswered", took_s
 
     def _report(self) -> None:
         """Logs and counts what happened since the last time. No lock held."""
@@ -311,8 +310,8 @@ def _run_bare_pass(manager: Any) -> None:
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     shutdown = getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event()
     while len(unasked) and (unasked.in_flight() or not shutdown.is_set()):
-        for question in [] if shutdown.is_set() else unasked.take_due():
-            workers.start(lambda asked: _session_probe.ask(manager.engine, asked.session), question, answers)
+        questions = [] if shutdown.is_set() else unasked.take_due()
+        workers.start(lambda asked: _session_probe.ask(manager.engine, asked.session), questions, answers)
         for question, rc, error in _received(answers, unasked.next_due_in()):
             session = question.session
             unasked.answered(question, False)

@@ -37,6 +37,8 @@ GAP_JITTER = 0.1
 PROBES_PER_S = 350.0
 PROBES_AT_ONCE = 64.0
 PROBES_AT_A_TIME = 16.0
+# With many blacklisted, what falls due within this time is asked in one round, which costs as much as several probes.
+LONGEST_ROUND_S = 0.1
 # INTERVAL may be shorter than this, and must not make the loop spin.
 LEAST_GAP_S = 0.01
 # A live peer answers within 0.5 ms (p99), a dropped connection attempt ends after 5 s: 2 s tells them apart. Once as
@@ -107,7 +109,7 @@ class Event(enum.Enum):
     FAULT = "fault"  # error (a traceback)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Question:
     """A probe or a verification under way. Its answer counts only for the generation it was asked in."""
 
@@ -334,7 +336,7 @@ class FailedSessions(set[Any]):
     # What the daemon thread calls.
 
     def take_due(self, due_by: float = _NEVER) -> list[Question]:
-        """What to ask now, PROBES_AT_ONCE at most. Each question must come back in ``answered`` or ``verified``.
+        """What to ask now, as far as it may start. Each question must come back in ``answered`` or ``verified``.
 
         What falls due later than ``due_by`` (by the clock) is left alone.
         """
@@ -355,10 +357,7 @@ class FailedSessions(set[Any]):
         return questions
 
     def next_due_in(self) -> Optional[float]:
-        """Seconds until ``take_due`` may have something to do, None while nothing is blacklisted.
-
-        To be asked after a ``take_due`` that gave nothing.
-        """
+        """Seconds from a ``take_due`` until the next may have something to do, None while nothing is blacklisted."""
         if not len(self):
             return None
         now = self._clock()
@@ -646,8 +645,9 @@ class FailedSessions(set[Any]):
         return max(PROBES_PER_S, 1.1 * len(self) / self._settings.interval_s)
 
     def _renew_allowance(self, now: float) -> None:
-        earned = (now - self._allowance_at) * self._probes_per_s()
-        self._allowance = min(PROBES_AT_ONCE, self._allowance + earned)
+        per_s = self._probes_per_s()
+        earned = (now - self._allowance_at) * per_s
+        self._allowance = min(max(PROBES_AT_ONCE, LONGEST_ROUND_S * per_s), self._allowance + earned)
         self._allowance_at = now
 
     # Places: CONCURRENCY for young probes, STUCK_LIMIT for stuck ones, VERIFICATION_LIMIT for verifications.
@@ -665,11 +665,12 @@ class FailedSessions(set[Any]):
 
     def _next_to_probe(self, now: float) -> Optional[_Session]:
         """Prompt peers (they answered or refused at once) and unproven ones (they may hang) take turns."""
-        self._prompt_next = not self._prompt_next
         pick, other = self._next_prompt, self._next_unproven
         if not self._prompt_next:
             pick, other = other, pick
-        return pick(now) or other(now)
+        record = pick(now) or other(now)
+        self._prompt_next ^= record is not None
+        return record
 
     def _next_prompt(self, now: float) -> Optional[_Session]:
         if self._prompt and len(self._young) < self._settings.concurrency and self._stuck < self._stuck_limit:

@@ -6,6 +6,7 @@ A probe can hang for a minute and cannot be cancelled, so it runs on a daemon th
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import ctypes
 import functools
@@ -18,7 +19,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
@@ -29,6 +30,8 @@ READ_BYTES = 8
 # A read that waits for a lane's cooldown takes the rest of a second, any other some milliseconds.
 _WAITED_S = 0.25
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
+# Sixteen refused probes take 0.7 ms one after another. What has not begun by then gets a thread of its own.
+MOST_RETURN_WITHIN_S = 0.002
 # At an exit: how long it may take to find the threads that hang in the engine, and how many looks show that one spins.
 _PARK_WITHIN_S = 0.3
 _SPINNING = 8
@@ -171,27 +174,51 @@ _kept_pages: list[mmap.mmap] = []  # as long as the process: a read that is stuc
 
 
 class Workers:
-    """Daemon threads that run jobs side by side: a new one whenever none is idle. Start jobs from one thread only."""
+    """Daemon threads that run jobs: those that return at once one after another on one thread, because to wake a thread
+    costs as much as a refused probe, all others side by side. Start jobs from one thread only.
+    """
 
     def __init__(self, name: str) -> None:
         prepare_for_exit()
         self._name = name
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiting: collections.deque[Any] = collections.deque()  # for a thread that is through with its job
+        self._none_waits = threading.Event()
         self._idle = 0
         self._idle_lock = threading.Lock()
         self._closed = False
 
-    def start(self, job: Callable[[Any], Any], subject: Any, results: queue.SimpleQueue[Any]) -> None:
-        """Runs ``job(subject)`` on a thread of its own and puts (subject, result, None) or (subject, None, what was
-        raised) into ``results``. Returns at once.
+    def start(self, job: Callable[[Any], Any], subjects: Iterable[Any], results: queue.SimpleQueue[Any]) -> None:
+        """Runs ``job(subject)`` for each and puts (subject, result, None) or (subject, None, what was raised) into
+        ``results``. Returns when each has a thread, MOST_RETURN_WITHIN_S later at most; a single one has it at once.
         """
+        self._waiting.extend((job, subject, results) for subject in subjects)
+        self._none_waits.clear()
+        self._start_next()
+        if self._waiting:
+            self._none_waits.wait(MOST_RETURN_WITHIN_S)
+        while self._waiting:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        """Gives what waits longest an idle thread, or a new one."""
+        work = self._next_waiting()
+        if work is None:
+            return
         if not self._take_idle(1):
             try:
                 threading.Thread(target=self._work, name=self._name, daemon=True).start()
             except Exception as error:  # the process has no thread or no memory left
+                _, subject, results = work
                 results.put((subject, None, error))
                 return
-        self._jobs.put((job, subject, results))
+        self._jobs.put(work)
+
+    def _next_waiting(self) -> Any:
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
 
     def release_idle(self, keep: int = 0) -> None:
         """Ends the threads that have nothing to do, but for so many."""
@@ -211,21 +238,28 @@ class Workers:
         self._jobs.put(None)
 
     def _work(self) -> None:
-        while (work := self._jobs.get()) is not None:
+        thread = threading.get_native_id()
+        work = self._jobs.get()
+        while work is not None:
             job, subject, results = work
-            _in_engine.add(threading.get_native_id())
+            _in_engine.add(thread)
             if _exiting.is_set():
-                _in_engine.discard(threading.get_native_id())
+                _in_engine.discard(thread)
                 return
             try:
                 outcome: tuple[Any, Any, Optional[BaseException]] = (subject, job(subject), None)
             except BaseException as error:  # whatever an engine raises, the next session goes on
                 outcome = (subject, None, error)
-            _in_engine.discard(threading.get_native_id())
-            with self._idle_lock:
-                self._idle += 1  # first: who hears the result may count on this thread
+            _in_engine.discard(thread)
+            work = self._next_waiting()
+            if work is None:
+                with self._idle_lock:
+                    self._idle += 1  # first: who hears the result may count on this thread
             results.put(outcome)
-            del work, job, subject, results, outcome
+            del job, subject, results, outcome
+            if work is None:
+                self._none_waits.set()
+                work = self._jobs.get()
         if self._closed:
             self._jobs.put(None)  # for the next
 
