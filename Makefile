@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults mechanisms matrix newest bench wheel dist network-tools
+.PHONY: test test-fast faults mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
 # plus the downloads. Half of it is waiting, so the stock managers run beside all that comes after.
@@ -46,6 +46,15 @@ matrix:
 # story, and says which patch point is gone. Two minutes, the first time plus the downloads.
 newest:
 	$(PYTHON) tools/newest.py
+
+# Five versions of Mooncake on the prefill node against the same five on the decode node, and the table of
+# docs/mooncake.md. About 4 minutes and 400 MB, the first time plus the downloads.
+matrix-mooncake: network-tools
+	rm -f .mooncake.jsonl
+	for version in 0.3.9 0.3.10.post2 0.3.11 0.3.12; do \
+	  $(PYTHON) tools/environment.py sglang-0.5.23+$$version || exit 1; done
+	MOONCAKE_REPORT=$(CURDIR)/.mooncake.jsonl $(ENGINES) -m pytest test/mooncake; failed=$$?; \
+	  $(PYTHON) tools/mooncake_table.py docs/mooncake.md .mooncake.jsonl && exit $$failed
 
 # Breaks each mechanism in a copy of the tree and says which test sees it. About half an hour.
 mechanisms:

@@ -23,8 +23,8 @@ FOLDER = "python/sglang/srt/disaggregation/mooncake"
 SESSIONS, PROBE, CONN = (f"{FOLDER}/{name}.py" for name in ("failed_sessions", "session_probe", "conn"))
 METRICS, LOG = (f"python/sglang/srt/observability/failed_session_{name}.py" for name in ("metrics", "log"))
 UNIT = "test/unit"
-METRICS_TESTS, LOG_TESTS, CONN_TESTS, SESSIONS_TESTS = (
-    f"{UNIT}/test_{name}.py" for name in ("metrics", "log", "conn", "failed_sessions")
+METRICS_TESTS, LOG_TESTS, CONN_TESTS, SESSIONS_TESTS, PROBE_TESTS = (
+    f"{UNIT}/test_{name}.py" for name in ("metrics", "log", "conn", "failed_sessions", "session_probe")
 )
 DEADLINE_S = 600.0
 
@@ -263,6 +263,28 @@ BREAKS = [
         "                if wait_s is None:\n                    self._log.sum_up(at_once=True)",
         "                if wait_s is None:\n                    pass",
         CONN_TESTS,
+    ),
+    Break("told once that a peer cuts probes short", SESSIONS, "record.listen_at = _NEVER", "pass", SESSIONS_TESTS),
+    Break(
+        "a peer that is gone is not said to cut probes short",
+        PROBE,
+        " or not _takes_connections(session)",
+        "",
+        PROBE_TESTS,
+    ),
+    Break(
+        "a peer that is stopped is not said to cut probes short",
+        PROBE,
+        "rc == _NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S",
+        "rc == _NO_ANSWER",
+        PROBE_TESTS,
+    ),
+    Break(
+        "looks ten a second at most",
+        SESSIONS,
+        "max(record.listen_at, self._listen_at)",
+        "record.listen_at",
+        SESSIONS_TESTS,
     ),
     Break("an unreadable peer is told once", SESSIONS, "if record.unreadable is None:\n", "if True:\n", SESSIONS_TESTS),
     Break(

@@ -99,6 +99,11 @@ class Node:
         records = [json.loads(line) for line in self._log.read_text().splitlines()]
         return [r["message"] for r in records if containing in r["message"] and level in ("", r["level"])]
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
     def stop(self) -> None:
         """Stop the process (SIGSTOP) and return when the kernel says that all of its threads are stopped."""
         os.kill(self._process.pid, signal.SIGSTOP)

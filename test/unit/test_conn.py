@@ -508,6 +508,27 @@ def test_a_mooncake_that_cannot_probe_is_told_at_the_start_and_once_a_session(
     assert blacklisted(manager) == {D}
 
 
+@pytest.mark.parametrize(("can_probe", "times"), [(True, 1), (False, 0)])
+def test_a_peer_that_is_there_and_knows_no_probes_is_told_once_by_who_can_probe(
+    make_manager: MakeManager,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    can_probe: bool,
+    times: int,
+) -> None:
+    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    monkeypatch.setattr(failed_sessions, "LISTEN_AFTER_S", 0.05)
+    monkeypatch.setattr(session_probe, "can_probe", lambda engine: can_probe)
+    monkeypatch.setattr(session_probe, "_takes_connections", lambda session: True)
+    engine = Engine(probe=REFUSED)
+    manager = make_manager(engine)
+    blacklist(manager, D)
+    began = time.monotonic()
+    assert wait_until(lambda: time.monotonic() > began + 0.5 and len(engine.asked) > 5)
+    assert [line.startswith(f"Session {D} takes connections") for line in caplog.messages].count(True) == times
+    assert blacklisted(manager) == {D}
+
+
 def test_a_session_whose_memory_cannot_be_read_is_let_in_after_interval_with_a_warning(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -640,10 +661,10 @@ def test_an_answer_that_cannot_be_taken_in_costs_the_others_nothing_and_is_asked
 ) -> None:
     answered, faults = FailedSessions.answered, iter([MemoryError("none left"), MemoryError("none left")])
 
-    def fails_twice(self: FailedSessions, question: Any, rc: bool) -> None:
+    def fails_twice(self: FailedSessions, question: Any, answered_it: bool, cut_short: bool) -> None:
         for fault in faults:
             raise fault
-        answered(self, question, rc)
+        answered(self, question, answered_it, cut_short)
 
     monkeypatch.setattr(FailedSessions, "answered", fails_twice)
     manager = make_manager(Engine())

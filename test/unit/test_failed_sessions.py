@@ -97,6 +97,40 @@ def test_a_probe_that_took_long_to_fail_is_followed_by_the_next_after_a_quarter_
     assert prober.moments("probe", D)[1:4] == about([5.25, 10.5, 15.75])
 
 
+@pytest.mark.parametrize(("number", "per_s"), [(1, 0.1), (10, 1), (1000, 10)])
+def test_a_probe_listens_every_ten_seconds_but_no_more_than_ten_do_in_a_second(number: int, per_s: float) -> None:
+    """Each costs as much as three, and the prefill node needs its cores."""
+    prober = VirtualProber()
+    prober.fail(*many("refusing", number), peer=REFUSING)
+    prober.run(110)
+    listened = [entry.at for entry in prober.seen("probe") if entry.detail.listen]
+    assert listened[0] >= 10
+    assert 0.85 * 100 * per_s <= len(listened) <= 100 * per_s + 1
+
+
+def test_that_a_peer_cuts_probes_short_is_told_once_an_outage() -> None:
+    clock = Clock()
+    sessions = FailedSessions(FailedSessionProbeSettings(), [D], clock=clock)
+
+    def told_while_cut_short(seconds: float) -> list[Any]:
+        end = clock.now + seconds
+        while clock.now < end:
+            for question in sessions.take_due():
+                sessions.answered(question, False, cut_short=question.listen)
+            clock.now += 0.25
+        told = [event for event, _, _ in sessions.events if event is Event.CUTS_SHORT]
+        sessions.events.clear()
+        return told
+
+    assert told_while_cut_short(9) == []
+    assert told_while_cut_short(100) == [Event.CUTS_SHORT]
+    sessions.add(D)
+    assert told_while_cut_short(100) == [], "a request that was under way has failed in the same outage"
+    sessions.discard(D)
+    sessions.add(D)
+    assert told_while_cut_short(100) == [Event.CUTS_SHORT]
+
+
 @pytest.mark.parametrize(("number", "per_s"), [(100, 350), (1000, 350), (10_000, 367), (30_000, 1100)])
 def test_many_that_refuse_share_350_probes_a_second_and_more_only_for_interval(number: int, per_s: float) -> None:
     """A probe costs 0.1 ms of CPU, and the prefill node needs its cores."""

@@ -50,6 +50,7 @@ def story(caplog: pytest.LogCaptureFixture) -> Story:
 def test_each_event_of_a_session_is_one_line(story: Story) -> None:
     story.blacklist(D)
     story.hear(Event.UNREADABLE, D, why="reading its memory gave -1", outage_s=1.06)
+    story.hear(Event.CUTS_SHORT, D, outage_s=10.26)
     story.let_in(D)
     story.blacklist(D, relapses=1)
     story.hear(Event.HELD, D, hold_s=1.0, relapses=1)
@@ -67,6 +68,12 @@ def test_each_event_of_a_session_is_one_line(story: Story) -> None:
             "WARNING",
             f"Session {D} answers probes, but reading its memory gave -1, so it stays blacklisted (for 1.1 s by now). "
             "If it goes on, look at the data path between this node and that decode node",
+        ),
+        (
+            "WARNING",
+            f"Session {D} takes connections but cuts every probe short, so it stays blacklisted until it "
+            "registers again (for 10.3 s by now). Mooncake before 0.3.10.post2 does that: look at its version on that "
+            "decode node",
         ),
         ("INFO", f"Session {D} recovered via probe; un-blacklisted (out for 12.3 s, 4 requests refused)"),
         ("WARNING", f"Session {D} (relapse 1) failed again soon after its recovery; held for 1s"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import pathlib
 import queue
+import socket
 import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 from fake_engine import REFUSED, Engine, raises
@@ -111,6 +113,67 @@ def test_the_wheel_that_import_mooncake_finds_is_named_with_its_version(
     assert session_probe.mooncake_version() == "mooncake-transfer-engine 0.3.10.post2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert session_probe.mooncake_version() == "of unknown version"
+
+
+# Peers that are there and know no probes, as Mooncake before 0.3.10.post2.
+
+
+class ProbesByTcp:
+    """An engine that connects for a probe and waits for a reply; ``rcs`` come instead, as long as there are some."""
+
+    def __init__(self, *rcs: int) -> None:
+        self.rcs = list(rcs)
+
+    def send_probe(self, session: str) -> int:
+        if self.rcs:
+            return self.rcs.pop(0)
+        try:
+            with socket.create_connection(("127.0.0.1", int(session.rpartition(":")[2])), 5) as probe:
+                probe.settimeout(0.5)  # Mooncake waits for a minute
+                return 0 if probe.recv(1) else REFUSED
+        except OSError:
+            return REFUSED
+
+
+@contextlib.contextmanager
+def peer(reply: Optional[bytes]) -> Iterator[str]:
+    """A process that replies with this and hangs up; None: one that is stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # closed: the test is through
+                while True:
+                    connection, _ = listener.accept()
+                    connection.sendall(reply or b"")
+                    connection.close()
+
+        if reply is not None:
+            threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_probe, "_CUT_SHORT_WITHIN_S", 0.25)
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_peer_that_takes_connections_and_cuts_probes_short_is_told_from_one_that_is_stopped_or_gone() -> None:
+    with peer(reply=b"") as old, peer(reply=None) as stopped, peer(reply=b"{}") as healthy:
+        assert session_probe.ask_and_listen(ProbesByTcp(), old) == session_probe.CUT_SHORT
+        assert session_probe.ask_and_listen(ProbesByTcp(), stopped) == REFUSED
+        assert session_probe.ask_and_listen(ProbesByTcp(), healthy) == 0
+    assert session_probe.ask_and_listen(ProbesByTcp(), old) == REFUSED, "it is gone"
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(("reply", "rc"), [(b"{}", 0), (None, REFUSED)])
+def test_a_peer_that_starts_or_is_stopped_between_the_two_probes_does_not_cut_them_short(
+    reply: Optional[bytes], rc: int
+) -> None:
+    with peer(reply) as session:
+        assert session_probe.ask_and_listen(ProbesByTcp(REFUSED), session) == rc
 
 
 # Lanes.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.disaggregation.mooncake import failed_sessions
+from sglang.srt.disaggregation.mooncake import failed_sessions, session_probe
 from sglang.srt.disaggregation.mooncake.failed_sessions import Event
 
 _logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
@@ -66,6 +66,16 @@ class FailedSessionLog:
                 session,
                 details["why"],
                 details["outage_s"],
+            )
+        elif event is Event.CUTS_SHORT:
+            self._say(
+                logging.WARNING,
+                "sessions that take connections but cut probes short",
+                "Session %s takes connections but cuts every probe short, so it stays blacklisted until it registers "
+                "again (for %.1f s by now). Mooncake before %s does that: look at its version on that decode node",
+                session,
+                details["outage_s"],
+                session_probe.FIRST_MOONCAKE_THAT_ANSWERS,
             )
         elif event is Event.HELD:
             self._say(

@@ -198,6 +198,8 @@ class _FailedSessionProber:
         began = time.monotonic()
         if question.verify:
             outcome: Any = self._reader.verify(question.session, question.was_gone)
+        elif question.listen and self._can_probe:
+            outcome = _session_probe.ask_and_listen(self._engine, question.session)
         else:
             outcome = _session_probe.ask(self._engine, question.session)
         return outcome, time.monotonic() - began
@@ -213,7 +215,8 @@ class _FailedSessionProber:
                         verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result[0]
                         self.sessions.verified(question, verdict, why)
                     else:
-                        self.sessions.answered(question, error is None and result[0] == 0)
+                        rc = None if error is not None else result[0]
+                        self.sessions.answered(question, rc == 0, cut_short=rc == _session_probe.CUT_SHORT)
                 except Exception as raised:  # the other answers count all the same
                     fault = raised
                     self.sessions.lost(question)

@@ -50,6 +50,10 @@ STUCK_AFTER_AMONG_MANY_S = 0.1
 # fresh failures.
 STUCK_LIMIT = 1024
 STUCK_RESERVE = 16
+# A peer whose probes fail for so long may be there and know no probes: that is looked at then, and again after as long.
+# A look costs as much as two more probes, so there are ten a second at most.
+LISTEN_AFTER_S = 10.0
+LISTEN_GAP_S = 0.1
 # A transfer may take 30 s to fail (Mooncake's default), so twice that without a failure is a quiet spell; longer where
 # a transfer may take longer.
 PROBATION_S = 60.0
@@ -102,6 +106,7 @@ class Event(enum.Enum):
     BLACKLISTED = "blacklisted"  # relapses
     HELD = "held"  # hold_s, relapses
     UNREADABLE = "unreadable"  # why, outage_s; once an outage
+    CUTS_SHORT = "cuts short"  # outage_s; once an outage
     RECOVERED = "recovered"  # outage_s, refused, unverified (the reason, or None)
     DROPPED = "dropped"  # idle_s, outage_s, refused
     MALFORMED = "malformed"
@@ -118,6 +123,7 @@ class Question:
     asked_at: float
     verify: bool
     was_gone: bool = False  # of a verification: as _Session.was_gone
+    listen: bool = False  # of a probe: if it is refused, does the peer take connections all the same?
 
 
 class _Session:
@@ -134,6 +140,7 @@ class _Session:
         "has_end_check",  # an entry in _end_checks
         "hold_until",
         "id",
+        "listen_at",  # the first probe from then on listens
         "looks_in_vain",  # verifications that failed since it was last verified
         "prompt",  # the last probe in this generation was answered, or came back before it was stuck
         "readable",  # a slow verification has read its memory: it is only to settle once more
@@ -161,6 +168,7 @@ class _Session:
         self.blacklisted = True
         self.blacklisted_at = now
         self.hold_until = now + hold_s
+        self.listen_at = now + LISTEN_AFTER_S
         self.refused = 0
         self.unreadable: Optional[str] = None
         self.was_gone = False
@@ -230,6 +238,7 @@ class FailedSessions(set[Any]):
         self._prompt_next = self._newest_next = True
         self._allowance = PROBES_AT_ONCE  # probes and verifications that may start now
         self._allowance_at = clock()
+        self._listen_at = 0.0
         self._asked: dict[Any, Question] = {}
         self._young: dict[Question, bool] = {}  # in the order asked; True if to an unproven peer
         self._young_unproven = 0
@@ -370,8 +379,8 @@ class FailedSessions(set[Any]):
             moments += [moment for moment in slow if moment > now]
         return max(0.0, min(moments) - now) if moments else None
 
-    def answered(self, question: Question, answered: bool) -> None:
-        """A probe came back, ``answered`` if with rc 0."""
+    def answered(self, question: Question, answered: bool, cut_short: bool = False) -> None:
+        """A probe came back, ``answered`` if with rc 0, ``cut_short`` if by a peer that takes connections."""
         now = self._clock()
         prompt = self._free_place(question)
         record = self._still_asked_about(question, now)
@@ -379,6 +388,9 @@ class FailedSessions(set[Any]):
             return
         record.prompt = prompt or answered
         record.was_gone |= prompt and not answered
+        if cut_short:
+            record.listen_at = _NEVER  # said once
+            self._tell(Event.CUTS_SHORT, record.id, outage_s=now - record.blacklisted_at)
         if answered:
             self._heard_from(record, now)
         else:
@@ -695,7 +707,11 @@ class FailedSessions(set[Any]):
         return self._unproven.popitem(last=newest)[0]
 
     def _ask(self, record: _Session, now: float, verify: bool) -> Question:
-        question = Question(record.id, record.generation, now, verify, verify and record.was_gone)
+        listen = not verify and now >= max(record.listen_at, self._listen_at)
+        if listen:
+            record.listen_at = now + LISTEN_AFTER_S
+            self._listen_at = now + LISTEN_GAP_S
+        question = Question(record.id, record.generation, now, verify, verify and record.was_gone, listen)
         record.asked_at = now
         record.due_at = _NEVER
         self._prompt.pop(record, None)

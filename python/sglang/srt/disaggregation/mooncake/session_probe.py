@@ -17,6 +17,7 @@ import os
 import pathlib
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +31,11 @@ READ_BYTES = 8
 # A read that waits for a lane's cooldown takes the rest of a second, any other some milliseconds.
 _WAITED_S = 0.25
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
+FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
+_NO_ANSWER = -102
+# What ``ask_and_listen`` gives beside the rc of a probe. A live peer, whether it answers or cuts short, takes 1 ms.
+CUT_SHORT = -1000
+_CUT_SHORT_WITHIN_S = 1.0
 # Sixteen refused probes take 0.7 ms one after another. What has not begun by then gets a thread of its own.
 MOST_RETURN_WITHIN_S = 0.002
 # At an exit: how long it may take to find the threads that hang in the engine, and how many looks show that one spins.
@@ -77,6 +83,29 @@ def ask(engine: Any, session: str) -> int:
         return -1
     rc = send_probe(session)
     return rc if type(rc) is int else -1
+
+
+def ask_and_listen(engine: Any, session: str) -> int:
+    """As ``ask``, but gives CUT_SHORT if the peer takes connections and yet cuts probes short.
+
+    A process that is gone takes no connection, and one that is stopped ends no probe.
+    """
+    began = time.monotonic()
+    rc = ask(engine, session)
+    if rc != _NO_ANSWER or time.monotonic() - began > _CUT_SHORT_WITHIN_S or not _takes_connections(session):
+        return rc
+    began = time.monotonic()
+    rc = ask(engine, session)  # it may have come back between the two
+    return CUT_SHORT if rc == _NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S else rc
+
+
+def _takes_connections(session: str) -> bool:
+    host, _, port = session.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CUT_SHORT_WITHIN_S).close()
+    except OSError:
+        return False
+    return True
 
 
 class MemoryReader:
