@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
-from sglang.srt.disaggregation.mooncake.failed_sessions import Event, FailedSessions, Question, Verdict
+from sglang.srt.disaggregation.mooncake.failed_sessions import LONGEST_ROUND_S, Event, FailedSessions, Question, Verdict
 from sglang.srt.environ import FailedSessionProbeSettings
 
 # As measured on real Mooncake over TCP.
@@ -26,7 +26,7 @@ VERIFICATION_S = 0.002
 SILENCE_S = 60.0  # a probe of a stopped peer
 UNREACHABLE_S = 5.0  # a probe whose packets are dropped
 SYN_AGAIN_S = (1.0, 3.0)  # after these times the kernel tries to connect once more
-ROUND_S = 0.0001  # of the daemon thread, for each question
+ROUND_S_PER_SESSION = 0.0005  # of the daemon thread, as in conn.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +199,8 @@ class OurRank(Rank):
         for back_at, answers in together.items():
             self.at(back_at, self._answers, answers)
         self._note_events()
-        if questions:
-            self._round_at(self.now + ROUND_S * len(questions))
-        elif (due_in := self.sessions.next_due_in()) is not None:
-            self._round_at(self.now + max(due_in, min(0.05, 0.00005 * len(self.sessions))))
+        if (due_in := self.sessions.next_due_in()) is not None:
+            self._round_at(self.now + max(due_in, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions))))
 
     def _answers(self, came: list[tuple[Question, bool]]) -> None:
         for question, answered in came:
