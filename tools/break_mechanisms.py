@@ -286,6 +286,28 @@ BREAKS = [
         "record.listen_at",
         SESSIONS_TESTS,
     ),
+    Break(
+        "what hangs holds up none of its batch",
+        PROBE,
+        "        while self._waiting:\n            self._start_next()\n",
+        "",
+        PROBE_TESTS,
+    ),
+    Break(
+        "the allowance covers a round",
+        SESSIONS,
+        "max(PROBES_AT_ONCE, LONGEST_ROUND_S * per_s)",
+        "PROBES_AT_ONCE",
+        SESSIONS_TESTS,
+    ),
+    Break(
+        "turns change when one was asked",
+        SESSIONS,
+        "self._prompt_next ^= record is not None",
+        "self._prompt_next ^= True",
+        SESSIONS_TESTS,
+    ),
+    Break("a second name is refused", CONN, "sys.getrefcount(blacklist) > 3", "False", f"{UNIT}/test_patch.py"),
     Break("an unreadable peer is told once", SESSIONS, "if record.unreadable is None:\n", "if True:\n", SESSIONS_TESTS),
     Break(
         "a look at the data path in each outage",
