@@ -1,7 +1,7 @@
 """Does the patch fit this SGLang? Reads the files of an unedited release; imports neither SGLang nor what it needs.
 
-What the patch refuses at run time with an ERROR line is ``missing`` here, in the same words. ``doubts`` are what it
-might not see at run time, and with which it might not heal: a use without the lock, a second name given later.
+What the patch refuses at run time with an ERROR line is ``missing`` here, in the same words, where the code leaves no
+doubt. ``doubts`` are the rest: what it refuses or does not see at run time, such as a use without the lock.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 from sglang_failed_session_probe.own_files import source_folder
@@ -212,7 +212,8 @@ class _File(ast.NodeVisitor):
         for target in node.targets:
             self._assigned(target, node.value)
             if getattr(target, "attr", "") == _BLACKLIST and len(node.targets) > 1:
-                kept = _SECOND_ATTRIBUTE
+                others = [other for other in node.targets if other is not target]
+                kept = _second_name(others)
                 self.uses.append(_Use(self._self_of(target), self._function, node.lineno, self._locked, "", kept))
         self.generic_visit(node)
 
@@ -281,10 +282,14 @@ def _use_of(above: list[ast.AST]) -> tuple[str, str]:
         return "", "" if _only_looks(parent.func) else f"it is passed on to {ast.unparse(parent.func)}"
     if isinstance(parent, (*_LOOKING_NODES, ast.IfExp)):
         return "", ""
-    targets = parent.targets if isinstance(parent, ast.Assign) else [getattr(parent, "target", None)]
-    if any(isinstance(target, ast.Attribute) for target in targets):
-        return "", _SECOND_ATTRIBUTE
-    return "", "it is returned" if isinstance(parent, (ast.Return, ast.Yield)) else "it gets a second name"
+    if isinstance(parent, (ast.Return, ast.Yield)):
+        return "", "it is returned"
+    return "", _second_name(parent.targets if isinstance(parent, ast.Assign) else [getattr(parent, "target", None)])
+
+
+def _second_name(targets: Sequence[Optional[ast.AST]]) -> str:
+    are_attributes = any(isinstance(target, ast.Attribute) for target in targets)
+    return _SECOND_ATTRIBUTE if are_attributes else "it gets a second name"
 
 
 def _only_looks(function: ast.expr) -> bool:
@@ -516,8 +521,9 @@ class _Examination:
             if not use.of_self or (file.path, use.of_self) in owners  # else it is another class's own
         ]
         for file, use in uses:
-            if use.kept == _SECOND_ATTRIBUTE and use.function in at_start:
-                self._need("failed_sessions has no second name", f"{_MANAGER}.{_BLACKLIST} without a second name", None)
+            if use.kept == _SECOND_ATTRIBUTE and use.of_self and use.function in at_start:
+                if (missing := f"{_MANAGER}.{_BLACKLIST} without a second name") not in self._missing:
+                    self._need("failed_sessions has no second name", missing, None)
             elif use.kept:
                 doubt = f"{use.function} keeps {_MANAGER}.{_BLACKLIST}: {use.kept}, which the probe does not follow"
                 self._doubt("failed_sessions has no second name", doubt, file.path, use.line)

@@ -76,7 +76,7 @@ PEERS = [
     Peer(memory=Verdict.UNREADABLE, read_takes=0.3),
 ]
 
-ANSWERED = (True, Verdict.READABLE, Verdict.CANNOT_TELL, Verdict.UNREADABLE)
+ANSWERED = (True, Verdict.READABLE, Verdict.READABLE_LATE, Verdict.CANNOT_TELL, Verdict.UNREADABLE)
 
 
 def some(sessions: list[str]) -> st.SearchStrategy[list[str]]:

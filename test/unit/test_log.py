@@ -71,9 +71,9 @@ def test_each_event_of_a_session_is_one_line(story: Story) -> None:
         ),
         (
             "WARNING",
-            f"Session {D} takes connections but cuts every probe short, so it stays blacklisted until it "
-            "registers again (for 10.3 s by now). Mooncake before 0.3.10.post2 does that: look at its version on that "
-            "decode node",
+            f"Session {D} takes connections but cuts every probe short (for 10.3 s by now): it stays blacklisted until "
+            "it answers or registers again. Mooncake before 0.3.10.post2 does that (look at its version on that decode "
+            "node), or a proxy for a process that is gone",
         ),
         ("INFO", f"Session {D} recovered via probe; un-blacklisted (out for 12.3 s, 4 requests refused)"),
         ("WARNING", f"Session {D} (relapse 1) failed again soon after its recovery; held for 1s"),

@@ -18,7 +18,7 @@ from fake_engine import REFUSED, Engine, raises
 from sglang.srt.disaggregation.mooncake import session_probe
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
 from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
-from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, Workers
+from sglang.srt.disaggregation.mooncake.session_probe import LATE_S, MemoryReader, Workers
 from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
 
 D = "decode:7001"
@@ -37,6 +37,20 @@ def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once
     (scratch,) = {read[1] for read in engine.reads}
     assert scratch
     assert engine.reads == [(D, scratch, 8192, 8)] * 8, "four lanes a peer, each can be dead for itself"
+
+
+@pytest.mark.parametrize("waits", ["probe", "read"])
+def test_a_peer_that_lets_one_call_wait_is_readable_late(waits: str) -> None:
+    """Though the others return at once: what it had to wait for may be on its way still."""
+    waits_s = iter([LATE_S])
+
+    def wait() -> int:
+        time.sleep(next(waits_s, 0.0))
+        return 0
+
+    engine = Engine(**{waits: wait})
+    assert reader(engine).verify(D) == (Verdict.READABLE_LATE, "")
+    assert reader(engine).verify(D) == (Verdict.READABLE, "")
 
 
 def test_memory_is_only_read_right_after_an_answer() -> None:

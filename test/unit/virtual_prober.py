@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import Event, FailedSessions, Question, Verdict
+from sglang.srt.disaggregation.mooncake.session_probe import LATE_S
 from sglang.srt.environ import FailedSessionProbeSettings
 
 ROUND_S = 0.000001  # what one round of the daemon thread takes: time never stands still
@@ -186,7 +187,8 @@ class VirtualProber:
         peer = self._peers[question.session]
         if question.verify:
             self._note("verification", question.session, question)
-            self.out[question] = self.clock.now + peer.read_takes, peer.memory
+            late = peer.memory is Verdict.READABLE and peer.read_takes >= LATE_S
+            self.out[question] = self.clock.now + peer.read_takes, Verdict.READABLE_LATE if late else peer.memory
         else:
             self._note("probe", question.session, question)
             self.out[question] = self.clock.now + peer.takes, peer.answers

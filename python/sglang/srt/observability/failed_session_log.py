@@ -71,8 +71,9 @@ class FailedSessionLog:
             self._say(
                 logging.WARNING,
                 "sessions that take connections but cut probes short",
-                "Session %s takes connections but cuts every probe short, so it stays blacklisted until it registers "
-                "again (for %.1f s by now). Mooncake before %s does that: look at its version on that decode node",
+                "Session %s takes connections but cuts every probe short (for %.1f s by now): it stays blacklisted "
+                "until it answers or registers again. Mooncake before %s does that (look at its version on that decode "
+                "node), or a proxy for a process that is gone",
                 session,
                 details["outage_s"],
                 session_probe.FIRST_MOONCAKE_THAT_ANSWERS,

@@ -56,13 +56,9 @@ _SHARE_OF_THREADS = 1 / 16
 _LEAST_STUCK_LIMIT = 64
 # The longest round is for two hundred blacklisted; with fewer it is shorter.
 _ROUND_S_PER_SESSION = 0.0005
-# What a prefill manager must have, and of which kinds.
-_NEEDED: dict[str, tuple[type, ...]] = {
-    "engine": (object,),
-    "failed_sessions": (set,),
-    "session_failures": (dict,),
-    "session_lock": (type(threading.Lock()), type(threading.RLock())),
-}
+# What a prefill manager must have, and of which kind.
+_NEEDED = {"engine": object, "failed_sessions": set, "session_failures": dict}
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
 # After a fault of our own.
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
@@ -142,7 +138,7 @@ class _FailedSessionProber:
                 workers.release_idle(keep=0 if wait_s is None else self._settings.concurrency)
                 if wait_s is None:
                     self._log.sum_up(at_once=True)  # it may be long until there is more to say
-                else:
+                elif wait_s > 0.0:  # else more is due than one round lines up
                     wait_s = max(wait_s, min(_blacklist.LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
                 self._hand_over(self._inbox, wait_s)
             except Exception as fault:
@@ -429,17 +425,20 @@ def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch
 
 def _missing_of(manager: Any) -> str:
     """What a prefill manager lacks for the probe, in words; empty if nothing. ``session_lock`` must not be held."""
-    for name, kinds in _NEEDED.items():
+    for name in ("session_lock", *_NEEDED):
         if not hasattr(manager, name):
             return f"MooncakeKVManager.{name}"
-        if not isinstance(getattr(manager, name), kinds):
-            kind = type(getattr(manager, name)).__name__
-            return f"{kinds[0].__name__} MooncakeKVManager.{name} (it is a {kind})"
+    if not isinstance(manager.session_lock, _LOCKS):
+        return f"lock MooncakeKVManager.session_lock (it is a {type(manager.session_lock).__name__})"
     with manager.session_lock:
-        blacklist = manager.failed_sessions
-        # Else the manager's attribute, the variable here and the argument refer to it. A holder of the plain set would
-        # not see what ours hears, and would refuse or serve by it for ever.
-        if not isinstance(blacklist, _blacklist.FailedSessions) and sys.getrefcount(blacklist) > 3:
+        for name, kind in _NEEDED.items():
+            if not isinstance(getattr(manager, name), kind):
+                found = type(getattr(manager, name)).__name__
+                return f"{kind.__name__} MooncakeKVManager.{name} (it is a {found})"
+        # Its attribute and the argument refer to it; others do so only under the lock. Who held the plain set for good
+        # would not see what ours hears, and would refuse or serve by it for ever.
+        is_ours = isinstance(manager.failed_sessions, _blacklist.FailedSessions)
+        if not is_ours and sys.getrefcount(manager.failed_sessions) > 2:
             return "MooncakeKVManager.failed_sessions without a second name"
     return ""
 

@@ -68,8 +68,7 @@ VERIFY_PAUSE_FACTOR = 10.0
 # lanes to it in a cooldown, so the pause grows with the time since it came back.
 VERIFY_SHARE_OF_TIME_BACK = 0.5
 # One verification at a time (a live peer's takes 3 ms), but one that is slow (a lane in its cooldown: 1 s, packets
-# dropped: 30 s) lets another go beside it. A slow read spins a core, so they are few. A read waits for any one lane to
-# come back: what a failed transfer has left on the other three lands up to 0.5 s after that, so the peer settles again.
+# dropped: 30 s) lets another go beside it. A slow read spins a core, so they are few.
 SLOW_VERIFICATION_S = 0.05
 VERIFICATION_LIMIT = 4
 # Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
@@ -95,6 +94,7 @@ class Verdict(enum.Enum):
     """What a look at a peer's memory, right after it answered, has shown."""
 
     READABLE = "readable"
+    READABLE_LATE = "readable after a wait"  # until one of the connections to it came back
     CANNOT_TELL = "cannot tell"  # no way to read, or no address: the answered handshake decides
     UNREADABLE = "unreadable"
     UNANSWERED = "unanswered"
@@ -140,10 +140,10 @@ class _Session:
         "has_end_check",  # an entry in _end_checks
         "hold_until",
         "id",
+        "late_since",  # first of the reads since it answers that had to wait, or None
         "listen_at",  # the first probe from then on listens
         "looks_in_vain",  # verifications that failed since it was last verified
         "prompt",  # the last probe in this generation was answered, or came back before it was stuck
-        "readable",  # a slow verification has read its memory: it is only to settle once more
         "refused",  # how often a request asked for it in vain
         "registration",  # on probation: what the peer had registered when it was let in
         "relapses",
@@ -179,8 +179,8 @@ class _Session:
         self.failed_at = self.requested_at = now
         self.due_at = _NEVER
         self.answered_since: Optional[float] = None
+        self.late_since: Optional[float] = None
         self.prompt = False
-        self.readable = False
 
     def begin_probation(self, registration: object) -> None:
         self.blacklisted = False
@@ -413,8 +413,7 @@ class FailedSessions(set[Any]):
             record.unreadable = why
             record.verify_after = now + self._verify_pause_s(record, now, took_s=now - question.asked_at)
             self._schedule_next_probe(record, now)
-        elif verdict is Verdict.READABLE and now - question.asked_at >= SLOW_VERIFICATION_S:
-            record.readable = True
+        elif verdict is Verdict.READABLE_LATE and self._settles_again(record, now):
             record.answered_since = now
             self._heard_from(record, now)
         else:
@@ -515,7 +514,7 @@ class FailedSessions(set[Any]):
             self._schedule_at(record, min(settled_at, now + self._settings.interval_s))
         elif now < record.hold_until:
             self._schedule_next_probe(record, now)
-        elif record.readable or not self.verifying:
+        elif not self.verifying:
             self._let_in(record, now, unverified=None)
         elif now >= self._opens_at(record) and (record.unreadable or record in self._to_verify):
             self._let_in(record, now, unverified=record.unreadable or "other verifications took all the time")
@@ -525,10 +524,17 @@ class FailedSessions(set[Any]):
             self._schedule_next_probe(record, now)
 
     def _not_heard_from(self, record: _Session, now: float) -> None:
-        record.answered_since = None
-        record.readable = False
+        record.answered_since = record.late_since = None
         self._to_verify.pop(record, None)
         self._schedule_next_probe(record, now)
+
+    def _settles_again(self, record: _Session, now: float) -> bool:
+        """True for INTERVAL from its first read that waited for a lane: what a failed transfer has left on the other
+        lanes lands up to 0.5 s after the first lane is free, and later on a slow link.
+        """
+        if record.late_since is None:
+            record.late_since = now
+        return self._settings.settle_s > 0 and now < record.late_since + self._settings.interval_s
 
     def _opens_at(self, record: _Session) -> float:
         """When a peer that goes on answering and cannot be verified is let in all the same."""

@@ -28,6 +28,8 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
 LANES = 4  # Mooncake has four TCP lanes a peer, and each can be dead for itself
 READS_IN_A_ROW = LANES
 READ_BYTES = 8
+# A live peer answers a call within some milliseconds, also while the threads of a busy process take turns.
+LATE_S = 0.1
 # A read that waits for a lane's cooldown takes the rest of a second, any other some milliseconds.
 _WAITED_S = 0.25
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
@@ -130,8 +132,10 @@ class MemoryReader:
         raised.
         """
         # A transfer to a stopped peer can hold up transfers to live ones, so never read without a fresh answer.
+        began = time.monotonic()
         if ask(self._engine, session) != 0:
             return Verdict.UNANSWERED, ""
+        late = time.monotonic() - began >= LATE_S
         transfer = getattr(mooncake_engine(self._engine), "transfer_sync_read", None)
         address = self._address_of(session)
         scratch = self._scratch_address()
@@ -141,11 +145,13 @@ class MemoryReader:
         for _ in range(READS_IN_A_ROW):
             began = time.monotonic()
             why = _failure_of(read)
+            took_s = time.monotonic() - began
             if why:
-                if was_gone and time.monotonic() - began < _WAITED_S:
+                if was_gone and took_s < _WAITED_S:
                     _use_up_lanes(read)
                 return Verdict.UNREADABLE, why
-        return Verdict.READABLE, ""
+            late |= took_s >= LATE_S
+        return Verdict.READABLE_LATE if late else Verdict.READABLE, ""
 
     def _address_of(self, session: str) -> Optional[int]:
         with contextlib.suppress(Exception):  # addresses of a kind that we do not know
