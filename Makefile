@@ -30,10 +30,11 @@ faults: network-tools
 	FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(ALONE)
 	$(PYTHON) tools/fault_table.py .faults.jsonl
 
-# Two managers of each stock release, one release after another, and the table of docs/matrix.md. About half an hour and
-# 6 GB, the first time plus the downloads. SGLANG=0.5.8.post1: that row alone.
-SGLANG ?= 0.4.7.post1 0.4.8.post1 0.4.10.post2 0.5.1.post3 0.5.2 0.5.3.post3 0.5.5.post3 0.5.6.post2 0.5.8.post1 0.5.9 \
-  0.5.10.post1 0.5.12.post1 0.5.13.post1 0.5.14 0.5.17 0.5.20 0.5.21 0.5.23
+# Two managers of each stock release, one release after another, and the table of docs/matrix.md. About 45 minutes and
+# 8 GB, the first time plus the downloads. SGLANG=0.5.8.post1: that row alone.
+SGLANG ?= 0.4.7.post1 0.4.8.post1 0.4.9.post6 0.4.10.post2 0.5.1.post3 0.5.2 0.5.3.post3 0.5.4.post3 0.5.5.post3 \
+  0.5.6.post2 0.5.7 0.5.8.post1 0.5.9 0.5.10.post1 0.5.11 0.5.12.post1 0.5.13.post1 0.5.14 0.5.15.post1 0.5.16 0.5.17 \
+  0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23
 matrix:
 	rm -rf .matrix && mkdir .matrix
 	for release in $(SGLANG); do $(PYTHON) tools/environment.py sglang-$$release || exit 1; \

@@ -162,11 +162,14 @@ class Release:
         except ImportError:
             runtime_context = None
         self.context = runtime_context if hasattr(runtime_context, "publish") else None
+        self.get_parallel = getattr(runtime_context, "get_parallel", None)
 
     def configure(self, role: str, bootstrap_port: int) -> Any:
         """Put the configuration of a node in that role where this release looks for it; return the server_args."""
         if self.context is None:
             self._be_alone_on_loopback()
+            if self.get_parallel is not None:
+                self._answer_for_process_groups(self.get_parallel())
             return self._plain_server_args(bootstrap_port)
         from sglang.srt.server_args import ServerArgs
 
