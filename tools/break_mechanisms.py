@@ -209,7 +209,7 @@ BREAKS = [
         "with contextlib.suppress(Exception):  # addresses",
         "with contextlib.suppress(ZeroDivisionError):  # addresses",
     ),
-    Break("no lane left half used", PROBE, "if was_gone and took_s < _WAITED_S:", "if False:"),
+    Break("no lane left half used", PROBE, "if was_gone and time.monotonic() - began < _WAITED_S:", "if False:"),
     Break(
         "session_lock is free after a fork",
         CONN,

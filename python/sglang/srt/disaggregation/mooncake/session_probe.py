@@ -28,7 +28,7 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
 LANES = 4  # Mooncake has four TCP lanes a peer, and each can be dead for itself
 READS_IN_A_ROW = LANES
 READ_BYTES = 8
-# A live peer answers a read within some milliseconds, also while the threads of a busy process take turns.
+# Four reads of a live peer take a millisecond, or some tens while the threads of a busy process take turns.
 LATE_S = 0.1
 # A read that waits for a lane's cooldown takes the rest of a second, any other some milliseconds.
 _WAITED_S = 0.25
@@ -140,16 +140,15 @@ class MemoryReader:
         if transfer is None or address is None or scratch is None:
             return Verdict.CANNOT_TELL, ""
         read = functools.partial(transfer, session, scratch, address, READ_BYTES)
-        late = False
+        first_began = time.monotonic()
         for _ in range(READS_IN_A_ROW):
             began = time.monotonic()
             why = _failure_of(read)
-            took_s = time.monotonic() - began
             if why:
-                if was_gone and took_s < _WAITED_S:
+                if was_gone and time.monotonic() - began < _WAITED_S:
                     _use_up_lanes(read)
                 return Verdict.UNREADABLE, why
-            late |= took_s >= LATE_S
+        late = time.monotonic() - first_began >= LATE_S
         return Verdict.READABLE_LATE if late else Verdict.READABLE, ""
 
     def _address_of(self, session: str) -> Optional[int]:
