@@ -545,21 +545,33 @@ def test_a_session_whose_memory_cannot_be_read_is_let_in_after_interval_with_a_w
     assert len(engine.reads) == 1, "reads again in Mooncake's cooldown, and spins a core"
 
 
+def ends_probation(manager: Any) -> None:
+    """The session is used, and a minute of its probation later once more: the clock is moved, nothing waits."""
+    send(manager, D)
+    send(manager, D)
+    with manager.session_lock:
+        clock = manager.failed_sessions._clock
+        manager.failed_sessions._clock = lambda: clock() + failed_sessions.PROBATION_S
+    send(manager, D)
+
+
 def test_what_was_learnt_about_reads_holds_for_the_next_manager_in_the_process(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(INTERVAL, "0.2")
-    monkeypatch.setattr(failed_sessions, "PROBATION_S", 0.05)
     for number in range(2):
         engine = Engine(read=-1)
         manager = make_manager(engine)
         manager.register_decode(D, SOME_MEMORY)
         blacklist(manager, D)
         assert wait_until(lambda manager=manager: not blacklisted(manager))
-        if number == 0:
-            assert wait_until(lambda manager=manager: send(manager, D) or conn._FailedSessionProber.reads_prove_nothing)
+        for reads in (2, 3) if number == 0 else ():  # one when it was let in, one at the end of each probation
+            ends_probation(manager)
+            assert wait_until(lambda engine=engine, reads=reads: len(engine.reads) == reads)
+            assert wait_until(lambda manager=manager: manager.failed_sessions.in_flight() == 0)
         assert bool(engine.reads) == (number == 0)
         manager.teardown()
+    assert conn._FailedSessionProber.reads_prove_nothing
     assert len([line for line in caplog.messages if "reads prove nothing on this transport" in line]) == 1
 
 
