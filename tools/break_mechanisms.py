@@ -147,6 +147,20 @@ BREAKS = [
         "test/faults/test_exits.py",
     ),
     Break(
+        "threads in a futex of the engine are parked",
+        PROBE,
+        "(not interpreter or int(call[1], 16) in interpreter)",
+        "True",
+        f"{UNIT}/test_exit.py",
+    ),
+    Break(
+        "who gets the interpreter late is waited for",
+        PROBE,
+        "_COME_BACK_WITHIN_S = 3.0",
+        "_COME_BACK_WITHIN_S = 0.3",
+        f"{UNIT}/test_exit.py",
+    ),
+    Break(
         "half a second between probes at most",
         SESSIONS,
         "(now - record.failed_at)), MAX_GAP_S)",

@@ -40,10 +40,14 @@ CUT_SHORT = -1000
 _CUT_SHORT_WITHIN_S = 1.0
 # Sixteen refused probes take 0.7 ms one after another. What has not begun by then gets a thread of its own.
 MOST_RETURN_WITHIN_S = 0.002
-# At an exit: how long it may take to find the threads that hang in the engine, and how many looks show that one spins.
-_PARK_WITHIN_S = 0.3
-_SPINNING = 8
+# At an exit: how long threads that come back from the engine may take, which on a machine with much else to do wait for
+# a processor and for the interpreter; how long where it cannot be seen who comes back and who hangs; and the CPU time
+# after which a thread that was not seen to wait for the interpreter spins: to come back takes less than 1 ms.
+_COME_BACK_WITHIN_S = 3.0
+_UNSEEN_WITHIN_S = 0.3
+_SPINS_FROM_S = 0.005
 _FUTEX = ("202", "98")  # its number on x86-64 and on ARM
+_DLADDR_SYMBOL = 1  # RTLD_DL_SYMENT
 
 
 def mooncake_engine(engine: Any) -> Any:
@@ -300,7 +304,7 @@ class Workers:
 # A thread that returns from Mooncake while the interpreter shuts down is ended by it, and that aborts the process. A
 # call that hangs cannot be cancelled, so at an exit such threads are parked where they are: by a signal whose handler
 # is pause() of the C library, which needs no interpreter and never returns. Only threads that the kernel says to be
-# outside the interpreter: one that waits for it, with a futex, must have it, or the exit would wait for ever.
+# outside the interpreter: one that waits for it, on a futex in its memory, will have it, and is waited for.
 
 _in_engine: set[int] = set()  # threads at a job, by the kernel's ids
 _exiting = threading.Event()
@@ -314,46 +318,68 @@ def prepare_for_exit() -> None:
 
 
 def _park_threads_in_engine() -> None:
-    """Runs at the interpreter's exit, in the main thread; takes some milliseconds, 0.3 s if threads come back late."""
+    """Runs at the interpreter's exit, in the main thread; takes some milliseconds, 3 s if threads come back late."""
     _exiting.set()
-    libc = ctypes.CDLL(None)
+    libc = ctypes.PyDLL(None)  # its calls keep the interpreter, see _look_at
     number = _unused_signal(libc)
     if number is None:
         return
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal.restype = ctypes.c_void_p
     libc.signal(number, ctypes.cast(libc.pause, ctypes.c_void_p))
-    deadline = time.monotonic() + _PARK_WITHIN_S
-    seen: dict[int, list[str]] = {}
+    interpreter = _memory_of_interpreter(libc)
+    can_see = interpreter and os.path.exists("/proc/self/syscall")
+    deadline = time.monotonic() + (_COME_BACK_WITHIN_S if can_see else _UNSEEN_WITHIN_S)
+    seen: dict[int, list[tuple[str, float]]] = {}
     while _in_engine and time.monotonic() < deadline:
         try:
             time.sleep(0.002)  # who has returned from the engine and waits for the interpreter may have it now
             for thread in list(_in_engine):
-                calls = seen.setdefault(thread, [])
-                calls.append(_system_call_of(thread))
-                if _is_inside(calls):
+                if _is_inside(seen.setdefault(thread, []), *_look_at(thread, interpreter, libc)):
                     _in_engine.discard(thread)
                     libc.tgkill(os.getpid(), thread, number)
         except BaseException:  # a signal handler that raises must not leave threads behind
             continue
 
 
-def _is_inside(calls: list[str]) -> bool:
-    """True if a thread that was seen in these system calls, 2 ms apart, is in the engine beyond doubt."""
-    if calls[-1] == "running":  # for as long: it spins there
-        return calls[-_SPINNING:] == ["running"] * _SPINNING
-    return calls[-1] not in _FUTEX and calls[-2:-1] == calls[-1:]
+def _is_inside(looks: list[tuple[str, float]], waits_in: str, cpu_s: float) -> bool:
+    """True if a thread is in the engine beyond doubt, by this look at it and those before, which it joins."""
+    if not waits_in:
+        looks.clear()
+        return False
+    looks.append((waits_in, cpu_s))
+    waits = waits_in != "running" and [waits_in] * 2 == [call for call, _ in looks[-2:]]
+    return waits or cpu_s - looks[0][1] >= _SPINS_FROM_S
 
 
-def _system_call_of(thread: int) -> str:
-    """The number of the system call that the thread waits in, "running" if in none; a futex if that is not known."""
-    try:
-        return pathlib.Path(f"/proc/self/task/{thread}/syscall").read_text().split()[0]
-    except (OSError, IndexError):
-        return _FUTEX[0]
+def _look_at(thread: int, interpreter: range, libc: ctypes.PyDLL) -> tuple[str, float]:
+    """The system call that the thread waits in with its first argument, "running" if in none, empty if it waits for the
+    interpreter or that is not known; and the CPU time that it has used.
+
+    Keeps the interpreter from the look on: else the thread could come back and wait for it by the time it is parked,
+    and whoever gives it up next would wait for the thread to take it, for ever.
+    """
+    text = ctypes.create_string_buffer(256)
+    file = libc.open(f"/proc/self/task/{thread}/syscall".encode(), os.O_RDONLY)
+    libc.read(file, text, len(text) - 1)
+    libc.close(file)
+    call = text.value.decode().split()[:2]
+    if not call or (call[0] in _FUTEX and (not interpreter or int(call[1], 16) in interpreter)):
+        return "", 0.0
+    return " ".join(call), time.clock_gettime(~thread << 3 | 6)  # as clock_getcpuclockid(3) does, for a thread
 
 
-def _unused_signal(libc: ctypes.CDLL) -> Optional[int]:
+def _memory_of_interpreter(libc: ctypes.PyDLL) -> range:
+    """The addresses of the interpreter's state, with the lock that its threads take turns by; empty if not known."""
+    with contextlib.suppress(Exception):
+        state = ctypes.addressof(ctypes.c_char.in_dll(ctypes.pythonapi, "_PyRuntime"))
+        names, symbol = (ctypes.c_void_p * 4)(), ctypes.POINTER(ctypes.c_uint64)()
+        if libc.dladdr1(ctypes.c_void_p(state), names, ctypes.byref(symbol), _DLADDR_SYMBOL):
+            return range(state, state + symbol[2])  # the third word of an ELF symbol is its size
+    return range(0)
+
+
+def _unused_signal(libc: ctypes.PyDLL) -> Optional[int]:
     """A real-time signal that nothing in this process handles."""
     for number in range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1):
         action = ctypes.create_string_buffer(512)  # larger than any struct sigaction, which begins with the handler
