@@ -111,7 +111,7 @@ except TimeoutError:
         (lambda network, port: network.cut(port, direction="back"), "silence"),
         (lambda network, port: network.reset(port), "reset"),
         (lambda network, port: network.delayed(port, 2), "silence"),
-        (lambda network, port: network.delayed(port, 0.3), "answered"),
+        (lambda network, port: network.delayed(port, 0.1), "answered"),
     ],
     ids=[
         "dropped",
@@ -125,7 +125,7 @@ except TimeoutError:
         "cut back",
         "reset",
         "delayed 2 s",
-        "delayed 0.3 s",
+        "delayed 0.1 s",
     ],
 )
 def test_a_network_fault_is_what_its_name_says_and_ends_with_its_block(

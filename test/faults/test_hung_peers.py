@@ -32,7 +32,7 @@ def test_a_decode_node_that_heals_is_used_again_on_time_beside_hung_ones(
         record_fault(f"{count} peers hang", f"listeners; it failed {place}", lost=requests.lost, served_after_s=after_s)
         assert after_s is not None, prefill.log_text()
         assert requests.lost == 0
-        assert after_s < 8, f"a healthy decode node was refused for {after_s:.1f} s because others hang"
+        assert after_s < 15, f"a healthy decode node was refused for {after_s:.1f} s because others hang"
         assert prefill.ask("blacklisted") == sorted(hung), "a peer that never answered was let in"
 
 
@@ -55,7 +55,7 @@ def test_a_decode_node_that_heals_is_used_again_on_time_though_no_more_probes_ma
         record_fault("300 peers hang", f"no more may hang; it {fault}", lost=requests.lost, served_after_s=after_s)
         assert after_s is not None, prefill.log_text()
         assert requests.lost == 0
-        assert after_s < 8, f"a healthy decode node was refused for {after_s:.1f} s because others hang"
+        assert after_s < 15, f"a healthy decode node was refused for {after_s:.1f} s because others hang"
 
 
 def test_no_more_threads_hang_than_a_pod_may_have_though_peers_go_on_to_fail(
