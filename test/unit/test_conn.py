@@ -281,6 +281,22 @@ def test_hung_peers_do_not_hold_up_a_healed_one(make_manager: MakeManager) -> No
     assert blacklisted(manager) == set(hung)
 
 
+def test_with_more_due_than_one_round_lines_up_the_next_round_begins_at_once(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_CONCURRENCY", "64")
+    monkeypatch.setattr(failed_sessions, "LONGEST_ROUND_S", 30.0)
+    monkeypatch.setattr(conn, "_ROUND_S_PER_SESSION", 30.0)
+    engine = Engine()
+    engine.probe.default_factory = lambda: engine.hang
+    manager = make_manager(engine)
+    some = many(failed_sessions.BATCH + 8)
+    wake, manager.failed_sessions._wake = manager.failed_sessions._wake, lambda: None
+    blacklist(manager, *some)
+    wake()  # once, and no answer wakes the loop either
+    assert wait_until(lambda: len(engine.asked) == len(some)), "what one round leaves waits for a whole round more"
+
+
 # Stopping.
 
 
@@ -761,6 +777,15 @@ def test_switched_off_the_blacklist_is_a_plain_set_and_no_thread_runs(
 
 
 # On SGLang's own manager.
+
+
+def test_who_refers_to_the_blacklist_is_counted_while_nobody_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transfer worker refers to it for a moment, under the lock: that is no second name."""
+    manager = bare(Engine())
+    held = []
+    monkeypatch.setattr(conn.sys, "getrefcount", lambda blacklist: held.append(manager.session_lock.locked()) or 2)
+    assert conn._missing_of(manager) == ""
+    assert held == [True], "the patch may step aside because a request came at that moment"
 
 
 class NativeManager:
