@@ -13,6 +13,7 @@ import collections
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -65,6 +66,9 @@ class Manager(manager_process.ManagerProcess):
         if timed:  # session_lock is the only lock that this module makes
             self.conn.threading = types.SimpleNamespace(**{**vars(threading), "Lock": TimedLock})
         made = self.make(role, {})
+        with_ours = importlib.util.find_spec("sglang_failed_session_probe") is not None
+        if with_ours and role == "prefill" and not hasattr(self.manager.failed_sessions, "take_due"):
+            raise RuntimeError("the patch is not active: what is measured would be SGLang as it is")
         if tight:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Mooncake says a line of each failed probe
             self.manager.failed_sessions = ProbedTightly(self.manager)

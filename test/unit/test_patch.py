@@ -271,6 +271,20 @@ def test_where_the_patch_does_not_fit_a_native_probe_goes_on_as_before(story: St
     assert len(errors(lines)) == 1
 
 
+WRAPPED_LOCK = """
+class WrappedLock:
+    def __init__(self): self.lock = threading.Lock()
+    def __enter__(self): self.lock.acquire()
+    def __exit__(self, *_): self.lock.release()
+"""
+
+
+def test_a_lock_that_somebody_has_wrapped_is_as_good(story: Story) -> None:
+    """As one that measures how long it is held."""
+    wrapped = CONN.replace("threading.Lock()", "WrappedLock()") + WRAPPED_LOCK
+    assert errors(story("activate(); assert heals(prefill())", {CONN_FILE: wrapped})) == []
+
+
 # A release that is not as we know it: one ERROR, and SGLang runs on unpatched.
 
 
