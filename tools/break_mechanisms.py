@@ -147,6 +147,27 @@ BREAKS = [
         "test/faults/test_exits.py",
     ),
     Break(
+        "the next round begins at once while more is due",
+        CONN,
+        "                elif wait_s > 0.0:  # else more is due than one round lines up\n",
+        "                else:\n",
+        CONN_TESTS,
+    ),
+    Break(
+        "a pass by hand asks all that is due",
+        CONN,
+        "waits = left > 0 and self.sessions.waits_for_allowance() and not self.shutdown.is_set()",
+        "waits = False",
+        CONN_TESTS,
+    ),
+    Break(
+        "references are counted under the lock",
+        CONN,
+        "    with manager.session_lock:\n        for name, kind in _NEEDED.items():",
+        "    if True:\n        for name, kind in _NEEDED.items():",
+        CONN_TESTS,
+    ),
+    Break(
         "threads in a futex of the engine are parked",
         PROBE,
         "(not interpreter or int(call[1], 16) in interpreter)",

@@ -62,4 +62,7 @@ def write(page: pathlib.Path, lines: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    write(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_text().splitlines())
+    page, seen = map(pathlib.Path, sys.argv[1:])
+    if not seen.exists():
+        sys.exit(f"{page} is left as it is: no pair was played, it takes network namespaces (run it as root)")
+    write(page, seen.read_text().splitlines())

@@ -34,8 +34,8 @@ sys.exit(bool(trouble))
 
 
 def newest(package: str) -> str:
-    """The newest version that pip would install here. Raises CannotMake if there is none."""
-    arguments = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-", package]
+    """The newest version that has a wheel for this machine. Raises CannotMake if there is none."""
+    arguments = ["--dry-run", "--ignore-installed", "--no-deps", "--only-binary", ":all:", "--report", "-", package]
     python = environment.python("engines")
     done = environment.run([str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments])
     if done.returncode:
@@ -52,6 +52,8 @@ def unpacked(package: str, version: str, folder: pathlib.Path) -> pathlib.Path:
         "-q",
         "--disable-pip-version-check",
         "--no-deps",
+        "--only-binary",
+        ":all:",
         "-d",
         str(folder),
         f"{package}=={version}",

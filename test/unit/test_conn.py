@@ -419,9 +419,9 @@ def test_a_pass_over_a_manager_asks_what_is_due_and_returns() -> None:
     engine = Engine(probe=REFUSED)
     manager = bare(engine, failures=collections.defaultdict(int))
     conn._prober_of(manager)
-    blacklist(manager, *many(40))
+    blacklist(manager, *many(200))
     run_pass(manager)
-    assert set(engine.asked) == set(many(40))
+    assert sorted(engine.asked) == sorted(many(200)), "some are left for a later pass, or asked twice"
     assert engine.asked_under_lock == []
 
 

@@ -58,7 +58,6 @@ _LEAST_STUCK_LIMIT = 64
 _ROUND_S_PER_SESSION = 0.0005
 # What a prefill manager must have, and of which kind.
 _NEEDED = {"engine": object, "failed_sessions": set, "session_failures": dict}
-_LOCKS = (type(threading.Lock()), type(threading.RLock()))
 # After a fault of our own.
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
@@ -170,12 +169,16 @@ class _FailedSessionProber:
         """Asks side by side what is due now; returns when all have answered. Any thread, no lock held."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         workers = _session_probe.Workers(_WORKER_THREAD)
-        due_by = time.monotonic()
-        out, _ = self._start_due(workers, answers, due_by)
-        while out:
-            out -= self._hand_over(answers, _blacklist.STUCK_AFTER_S)  # when the next in line may have a place
-            started, _ = self._start_due(workers, answers, due_by)
-            out += started
+        due_by, out = time.monotonic(), 0
+        left = 2 * len(self.sessions)  # a probe and a verification each: what falls due meanwhile is the loop's
+        while True:
+            started = self._start_due(workers, answers, due_by)[0] if left > 0 else 0
+            out, left = out + started, left - started
+            waits = left > 0 and self.sessions.waits_for_allowance() and not self.shutdown.is_set()
+            if not out and not waits:
+                break
+            # STUCK_AFTER_S: the next in line may have a place then.
+            out -= self._hand_over(answers, _blacklist.LONGEST_ROUND_S if waits else _blacklist.STUCK_AFTER_S)
         workers.close()
 
     def _start_due(
@@ -428,7 +431,7 @@ def _missing_of(manager: Any) -> str:
     for name in ("session_lock", *_NEEDED):
         if not hasattr(manager, name):
             return f"MooncakeKVManager.{name}"
-    if not isinstance(manager.session_lock, _LOCKS):
+    if not hasattr(type(manager.session_lock), "__exit__"):  # a lock that somebody has wrapped is as good
         return f"lock MooncakeKVManager.session_lock (it is a {type(manager.session_lock).__name__})"
     with manager.session_lock:
         for name, kind in _NEEDED.items():

@@ -372,12 +372,16 @@ class FailedSessions(set[Any]):
         now = self._clock()
         moments = [heap[0][0] for heap in (self._schedule, self._end_checks) if heap]
         moments += [question.asked_at + self._stuck_after_s() for question in itertools.islice(self._young, 1)]
-        if self._allowance < 1.0 and (self._prompt or self._unproven or self._to_verify):
+        if self.waits_for_allowance():
             moments.append(self._allowance_at + (PROBES_AT_A_TIME - self._allowance) / self._probes_per_s())
         if self._to_verify:
             slow = (question.asked_at + SLOW_VERIFICATION_S for question in self._verifications)
             moments += [moment for moment in slow if moment > now]
         return max(0.0, min(moments) - now) if moments else None
+
+    def waits_for_allowance(self) -> bool:
+        """True if the last ``take_due`` left sessions in line because as many had been asked as may be in a second."""
+        return self._allowance < 1.0 and bool(self._prompt or self._unproven or self._to_verify)
 
     def answered(self, question: Question, answered: bool, cut_short: bool = False) -> None:
         """A probe came back, ``answered`` if with rc 0, ``cut_short`` if by a peer that takes connections."""
