@@ -70,18 +70,26 @@ def results(quick: bool) -> pathlib.Path:
     return RESULTS / "quick" if quick else RESULTS
 
 
+def processor_time() -> tuple[int, int]:
+    """What passed on all processors since the start of this machine, and what of it its host gave to others."""
+    times = [int(word) for word in pathlib.Path("/proc/stat").read_text().split()[1:9]]
+    return sum(times), times[7]
+
+
 def measure(case: str, quick: bool) -> None:
     """Runs a case in this process and keeps its rows."""
     if case == "fleet":
         os.nice(19)  # it may run beside measurements of time
-    began = time.monotonic()
+    began, before = time.monotonic(), processor_time()
     rows = list(rows_of(case, quick))
+    passed, stolen = (now - then for now, then in zip(processor_time(), before, strict=True))
     about = {
         "case": case,
         "at": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "seconds": round(time.monotonic() - began),
         "python": platform.python_version(),
         "processors": os.cpu_count(),
+        "stolen_percent": round(100 * stolen / passed, 1),
         "kernel": platform.release(),
     }
     folder = results(quick)
@@ -120,7 +128,9 @@ def show(case: str, quick: bool) -> None:
     """Prints the tables of a case and draws its plots, from the rows that were kept."""
     result = json.loads((results(quick) / f"{case}.json").read_text())
     print(f"\n## {case}\n\n{tables.of(case, result['rows'])}\n")
-    print(f"Measured in {result['seconds']} s, {result['at']}.", flush=True)
+    print(f"Measured in {result['seconds']} s, {result['at']}.")
+    if result.get("stolen_percent", 0) >= 1:
+        print(f"The host of this machine gave {result['stolen_percent']} % of its processors to others meanwhile.")
     try:
         from bench import plots
     except ImportError as error:
