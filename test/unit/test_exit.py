@@ -75,3 +75,52 @@ def test_an_exit_parks_every_thread_that_hangs_in_the_engine_whatever_it_does_th
 def test_an_exit_sees_to_every_thread_though_it_gets_the_interpreter_late(left_at_exit: Callable[[str], int]) -> None:
     """As on a machine with much else to do: whoever returns from the engine, or looks who has, waits for its turn."""
     assert left_at_exit(f"start(come_back_soon){CROWD}") == 0, "a thread that comes back aborts the exit"
+
+
+MOVED_ON = """
+libc = ctypes.PyDLL(None)
+park, go_on = session_probe._signals_to_park_and_go_on(libc)
+read_end, write_end = os.pipe()
+second, moved_on = threading.Event(), threading.Event()
+
+def work():
+    os.read(read_end, 1)
+    second.wait()
+    moved_on.set()
+
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
+
+def look():
+    return session_probe._look_at(thread.native_id, libc)
+
+def seen_to_wait(but_not=None):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        first = look()
+        time.sleep(0.05)
+        if first[:4] == look()[:4] != but_not and first.call not in ("running", *session_probe._PAUSE):
+            return first
+
+def was_interrupted_there(look):
+    libc.tgkill(os.getpid(), thread.native_id, park)
+    return session_probe._was_interrupted_there(thread.native_id, look, libc)
+
+reading = seen_to_wait()
+os.write(write_end, b"x")
+seen_to_wait(but_not=reading[:4])
+print(was_interrupted_there(reading))
+libc.tgkill(os.getpid(), thread.native_id, go_on)
+print(was_interrupted_there(seen_to_wait()))
+libc.tgkill(os.getpid(), thread.native_id, go_on)
+second.set()
+print(moved_on.wait(10))
+"""
+
+
+def test_a_thread_that_came_back_between_the_look_and_the_signal_is_found_out_and_goes_on(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Parked while it waits for the interpreter, it would block the exit for ever."""
+    ended = run_python(EXIT + MOVED_ON)
+    assert ended.stdout.split() == ["False", "True", "True", "0"], ended.stdout + ended.stderr

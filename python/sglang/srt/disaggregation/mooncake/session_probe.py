@@ -18,10 +18,12 @@ import pathlib
 import queue
 import signal
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
 
@@ -46,7 +48,12 @@ MOST_RETURN_WITHIN_S = 0.002
 _COME_BACK_WITHIN_S = 3.0
 _UNSEEN_WITHIN_S = 0.3
 _SPINS_FROM_S = 0.005
+# As a switch interval while a thread is parked: nobody else gets the interpreter by waiting for it meanwhile.
+_KEEP_INTERPRETER_S = 0.1
 _FUTEX = ("202", "98")  # its number on x86-64 and on ARM
+_PAUSE = ("34", "73")  # pause(2), and ppoll(2), by which ARM has it
+_SYSTEM_CALL_BYTES = (0, 2, 4)  # the kernel goes on after the instruction or, to repeat it, before it
+_LARGEST_SIGNAL_FRAME = 1 << 16
 _DLADDR_SYMBOL = 1  # RTLD_DL_SYMENT
 
 
@@ -304,7 +311,9 @@ class Workers:
 # A thread that returns from Mooncake while the interpreter shuts down is ended by it, and that aborts the process. A
 # call that hangs cannot be cancelled, so at an exit such threads are parked where they are: by a signal whose handler
 # is pause() of the C library, which needs no interpreter and never returns. Only threads that the kernel says to be
-# outside the interpreter: one that waits for it, on a futex in its memory, will have it, and is waited for.
+# outside the interpreter: one that waits for it, on a futex in its memory, will have it, and is waited for. Between the
+# look and the signal a thread may come back and begin to wait for the interpreter. Parked there it would block all
+# others for ever, so what the signal has interrupted is compared with what was seen, and such a thread goes on.
 
 _in_engine: set[int] = set()  # threads at a job, by the kernel's ids
 _exiting = threading.Event()
@@ -320,53 +329,105 @@ def prepare_for_exit() -> None:
 def _park_threads_in_engine() -> None:
     """Runs at the interpreter's exit, in the main thread; takes some milliseconds, 3 s if threads come back late."""
     _exiting.set()
-    libc = ctypes.PyDLL(None)  # its calls keep the interpreter, see _look_at
-    number = _unused_signal(libc)
-    if number is None:
+    libc = ctypes.PyDLL(None)  # its calls keep the interpreter
+    signals = _signals_to_park_and_go_on(libc)
+    if signals is None:
         return
-    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(number, ctypes.cast(libc.pause, ctypes.c_void_p))
     interpreter = _memory_of_interpreter(libc)
-    can_see = interpreter and os.path.exists("/proc/self/syscall")
-    deadline = time.monotonic() + (_COME_BACK_WITHIN_S if can_see else _UNSEEN_WITHIN_S)
-    seen: dict[int, list[tuple[str, float]]] = {}
-    while _in_engine and time.monotonic() < deadline:
+    began, interval_s = time.monotonic(), sys.getswitchinterval()
+    seen: dict[int, list[_Look]] = {}
+    while _in_engine and time.monotonic() < began + _COME_BACK_WITHIN_S:
         try:
             time.sleep(0.002)  # who has returned from the engine and waits for the interpreter may have it now
+            sys.setswitchinterval(_KEEP_INTERPRETER_S)
             for thread in list(_in_engine):
-                if _is_inside(seen.setdefault(thread, []), *_look_at(thread, interpreter, libc)):
-                    _in_engine.discard(thread)
-                    libc.tgkill(os.getpid(), thread, number)
+                looks = seen.setdefault(thread, [])
+                look = _look_at(thread, libc)
+                if _is_inside(looks, look, interpreter):
+                    looks.clear()
+                    _park(thread, look, libc, *signals)
+                elif not look.call and time.monotonic() > began + _UNSEEN_WITHIN_S:
+                    _in_engine.discard(thread)  # it cannot be seen what it does
         except BaseException:  # a signal handler that raises must not leave threads behind
             continue
+        finally:
+            sys.setswitchinterval(interval_s)
 
 
-def _is_inside(looks: list[tuple[str, float]], waits_in: str, cpu_s: float) -> bool:
-    """True if a thread is in the engine beyond doubt, by this look at it and those before, which it joins."""
-    if not waits_in:
-        looks.clear()
-        return False
-    looks.append((waits_in, cpu_s))
-    waits = waits_in != "running" and [waits_in] * 2 == [call for call, _ in looks[-2:]]
-    return waits or cpu_s - looks[0][1] >= _SPINS_FROM_S
+class _Look(NamedTuple):
+    """What the kernel says of a thread."""
+
+    call: str = ""  # the number of the system call that it waits in, "running" if in none, empty if that is not known
+    argument: int = 0  # the first one
+    stack: int = 0  # its stack pointer, and the instruction where it goes on
+    instruction: int = 0
+    cpu_s: float = 0.0  # that it has used
 
 
-def _look_at(thread: int, interpreter: range, libc: ctypes.PyDLL) -> tuple[str, float]:
-    """The system call that the thread waits in with its first argument, "running" if in none, empty if it waits for the
-    interpreter or that is not known; and the CPU time that it has used.
-
-    Keeps the interpreter from the look on: else the thread could come back and wait for it by the time it is parked,
-    and whoever gives it up next would wait for the thread to take it, for ever.
-    """
+def _look_at(thread: int, libc: ctypes.PyDLL) -> _Look:
+    """Keeps the interpreter: nothing may come between a look and what is done about it."""
     text = ctypes.create_string_buffer(256)
     file = libc.open(f"/proc/self/task/{thread}/syscall".encode(), os.O_RDONLY)
     libc.read(file, text, len(text) - 1)
     libc.close(file)
-    call = text.value.decode().split()[:2]
-    if not call or (call[0] in _FUTEX and (not interpreter or int(call[1], 16) in interpreter)):
-        return "", 0.0
-    return " ".join(call), time.clock_gettime(~thread << 3 | 6)  # as clock_getcpuclockid(3) does, for a thread
+    words = text.value.decode().split()
+    try:
+        cpu_s = time.clock_gettime(~thread << 3 | 6)  # as clock_getcpuclockid(3) does, for a thread
+        if len(words) < 4:
+            return _Look(words[0] if words else "", cpu_s=cpu_s)
+        return _Look(words[0], int(words[1], 16), int(words[-2], 16), int(words[-1], 16), cpu_s)
+    except (OSError, ValueError):  # it is gone
+        return _Look()
+
+
+def _is_inside(looks: list[_Look], look: _Look, interpreter: range) -> bool:
+    """True if a thread is in the engine beyond doubt, by this look at it and those before, which it joins."""
+    if not look.call or (look.call in _FUTEX and (not interpreter or look.argument in interpreter)):
+        looks.clear()
+        return False
+    looks.append(look)
+    waits = look.call != "running" and [look[:4]] * 2 == [before[:4] for before in looks[-2:]]
+    return waits or look.cpu_s - looks[0].cpu_s >= _SPINS_FROM_S
+
+
+def _park(thread: int, look: _Look, libc: ctypes.PyDLL, park: int, go_on: int) -> None:
+    """Parks a thread that was seen in the engine; if it has come back since, it goes on."""
+    sent = ended = False
+    was_there: Optional[bool] = None
+    while True:
+        try:
+            if not sent:
+                sent = True
+                libc.tgkill(os.getpid(), thread, park)
+            if was_there is None:
+                was_there = _was_interrupted_there(thread, look, libc)
+            if was_there:
+                _in_engine.discard(thread)
+            elif not ended:
+                ended = True
+                libc.tgkill(os.getpid(), thread, go_on)
+            return
+        except BaseException:  # a signal handler that raises: what is done is done, the rest must be
+            continue
+
+
+def _was_interrupted_there(thread: int, look: _Look, libc: ctypes.PyDLL) -> bool:
+    """True if a thread that was sent the signal was still where it was seen. Returns when it is parked.
+
+    The kernel keeps the stack pointer and the instruction that it has interrupted, side by side on x86-64 and ARM, on
+    the thread's stack. Of one that was running neither is known: to come back it takes 10 us of the seconds it spins.
+    """
+    deadline = time.monotonic() + 1.0
+    while (parked := _look_at(thread, libc)).call not in _PAUSE:
+        if not parked.call or time.monotonic() > deadline:
+            return True  # it is gone, or gets no processor: nothing to be done about it
+        libc.usleep(20)
+    if look.call == "running":
+        return True
+    if not 0 < look.stack - parked.stack <= _LARGEST_SIGNAL_FRAME:
+        return False
+    frame = ctypes.string_at(parked.stack, look.stack - parked.stack)
+    return any(struct.pack("QQ", look.stack, look.instruction - back) in frame for back in _SYSTEM_CALL_BYTES)
 
 
 def _memory_of_interpreter(libc: ctypes.PyDLL) -> range:
@@ -379,10 +440,20 @@ def _memory_of_interpreter(libc: ctypes.PyDLL) -> range:
     return range(0)
 
 
-def _unused_signal(libc: ctypes.PyDLL) -> Optional[int]:
-    """A real-time signal that nothing in this process handles."""
+def _signals_to_park_and_go_on(libc: ctypes.PyDLL) -> Optional[tuple[int, int]]:
+    """Two real-time signals that nothing else in this process handles: one that parks a thread, and one that ends that.
+
+    None if there are no two.
+    """
+    unused = []
     for number in range(signal.SIGRTMAX - 3, signal.SIGRTMIN, -1):
         action = ctypes.create_string_buffer(512)  # larger than any struct sigaction, which begins with the handler
         if libc.sigaction(number, None, action) == 0 and not ctypes.c_void_p.from_buffer(action).value:
-            return number
-    return None
+            unused.append(number)
+    if len(unused) < 2:
+        return None
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal.restype = ctypes.c_void_p
+    for number, handler in zip(unused, (libc.pause, libc.getpid), strict=False):  # getpid: any that does nothing
+        libc.signal(number, ctypes.cast(handler, ctypes.c_void_p))
+    return unused[0], unused[1]
