@@ -418,7 +418,7 @@ def _was_interrupted_there(thread: int, look: _Look, libc: ctypes.PyDLL) -> bool
     the thread's stack. Of one that was running neither is known: to come back it takes 10 us of the seconds it spins.
     """
     deadline = time.monotonic() + 1.0
-    while (parked := _look_at(thread, libc)).call not in _PAUSE:
+    while (parked := _look_at(thread, libc)).call not in _PAUSE or parked.stack == look.stack:
         if not parked.call or time.monotonic() > deadline:
             return True  # it is gone, or gets no processor: nothing to be done about it
         libc.usleep(20)
