@@ -170,14 +170,14 @@ BREAKS = [
     Break(
         "threads in a futex of the engine are parked",
         PROBE,
-        "(not interpreter or look.argument in interpreter)",
+        "(not interpreter or state.argument in interpreter)",
         "True",
         f"{UNIT}/test_exit.py",
     ),
     Break(
         "who came back before the signal goes on",
         PROBE,
-        "    if not 0 < look.stack - parked.stack <= _LARGEST_SIGNAL_FRAME:\n        return False\n",
+        "    if not 0 < state.stack - parked.stack <= _LARGEST_SIGNAL_FRAME:\n        return False\n",
         "    return True\n",
         f"{UNIT}/test_exit.py",
     ),

@@ -125,10 +125,10 @@ class Node:
         """What SGLang's loggers wrote, without Mooncake's own lines."""
         return "".join(line for line in self.log.open() if " sglang" in line or "Traceback" in line)
 
-    def wait_for_log(self, text: str, deadline_s: float) -> None:
-        """Waits until a line of the log holds the text."""
+    def wait_for_log(self, text: str, deadline_s: float, times: int = 1) -> None:
+        """Waits until the log holds the text, so many times."""
         began = time.monotonic()
-        while text not in self.log_text():
+        while self.log_text().count(text) < times:
             assert time.monotonic() - began < deadline_s, f"no {text!r} in the log:\n{self.log_text()}"
             time.sleep(0.02)
 

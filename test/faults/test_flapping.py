@@ -34,17 +34,18 @@ def test_a_flapping_decode_node_is_held_longer_each_time_and_a_quiet_spell_ends_
         prefill.ask("set_rule", "PROBATION_S", QUIET_S)
 
         prefill.misbehave("batch_transfer_sync_write", "gives", -1)  # while probes and reads work
-        lost_at = []
-        while len(lost_at) <= RELAPSES:  # the first of them is what blacklisted it
+        lost = []  # from when until when each of them was on its way
+        while len(lost) <= RELAPSES:  # the first of them is what blacklisted it
+            sent_at = time.monotonic()
             if "Failed to send" in prefill.send_to(decode):
-                lost_at.append(time.monotonic())
-            assert not lost_at or time.monotonic() - lost_at[-1] < 10, f"never let in; log:\n{prefill.log_text()}"
+                lost.append((sent_at, time.monotonic()))
+            assert not lost or time.monotonic() - lost[-1][1] < 10, f"never let in; log:\n{prefill.log_text()}"
             time.sleep(0.01)
-        gaps = [later - earlier for earlier, later in itertools.pairwise(lost_at)]
-        prefill.wait_for_log("held for", deadline_s=2)
+        gaps = [later[1] - earlier[0] for earlier, later in itertools.pairwise(lost)]
+        prefill.wait_for_log("held for", deadline_s=10, times=RELAPSES)
         assert holds_in(prefill.log_text()) == HOLDS_S
         for gap, hold_s in zip(gaps[1:], HOLDS_S, strict=False):
-            assert gap >= 0.95 * hold_s, f"a request was lost {gap:.2f} s after the last one, not {hold_s} s"
+            assert gap >= hold_s, f"a request was lost {gap:.2f} s after the last one, not {hold_s} s"
 
         prefill.misbehave("batch_transfer_sync_write", "works")
         served_s = prefill.wait_until_served(decode, deadline_s=5)

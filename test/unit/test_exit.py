@@ -87,12 +87,13 @@ def work():
     os.read(read_end, 1)
     second.wait()
     moved_on.set()
+    outside.pause()
 
 thread = threading.Thread(target=work, daemon=True)
 thread.start()
 
 def look():
-    return session_probe._look_at(thread.native_id, libc)
+    return session_probe._state_of(thread.native_id, libc)
 
 def seen_to_wait(but_not=None):
     deadline = time.monotonic() + 10
@@ -115,6 +116,8 @@ print(was_interrupted_there(seen_to_wait()))
 libc.tgkill(os.getpid(), thread.native_id, go_on)
 second.set()
 print(moved_on.wait(10))
+time.sleep(0.1)
+print(was_interrupted_there(look()))
 """
 
 
@@ -123,4 +126,99 @@ def test_a_thread_that_came_back_between_the_look_and_the_signal_is_found_out_an
 ) -> None:
     """Parked while it waits for the interpreter, it would block the exit for ever."""
     ended = run_python(EXIT + MOVED_ON)
-    assert ended.stdout.split() == ["False", "True", "True", "0"], ended.stdout + ended.stderr
+    assert ended.stdout.split() == ["False", "True", "True", "True", "0"], ended.stdout + ended.stderr
+
+
+@pytest.fixture
+def seconds_at_exit(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[[str], float]:
+    """Runs a story to its exit; gives how long it took to see to the threads in the engine. None of them is left."""
+
+    def run(story: str) -> float:
+        ended = run_python(EXIT + TIMED + story)
+        assert ended.returncode == 0, ended.stderr
+        seconds, left = ended.stdout.split()
+        assert left == "0"
+        return float(seconds)
+
+    return run
+
+
+TIMED = """
+park_threads = session_probe._park_threads_in_engine
+
+def timed():
+    began = time.monotonic()
+    park_threads()
+    print(time.monotonic() - began)
+
+session_probe._park_threads_in_engine = timed
+"""
+
+SIGNALS_THAT_RAISE = """
+was_interrupted_there = session_probe._was_interrupted_there
+interrupted = set()
+
+def interrupted_once(thread, *others):
+    if thread not in interrupted:
+        interrupted.add(thread)
+        raise SystemExit(0)  # as the handler of a SIGTERM does
+    return was_interrupted_there(thread, *others)
+
+session_probe._was_interrupted_there = interrupted_once
+start(poll)
+"""
+
+NO_DESCRIPTOR = """
+import resource
+start(poll)
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+"""
+
+
+def test_a_signal_handler_that_raises_while_a_thread_is_parked_holds_nothing_up(
+    seconds_at_exit: Callable[[str], float],
+) -> None:
+    assert seconds_at_exit(SIGNALS_THAT_RAISE) < 1.5, "whoever ended the process with two signals waits"
+
+
+def test_where_threads_cannot_be_seen_an_exit_does_not_wait_for_them(seconds_at_exit: Callable[[str], float]) -> None:
+    """As in a process that has no descriptor left."""
+    assert seconds_at_exit(NO_DESCRIPTOR) < 1.5, "a process that is at its limit is slow to end, too"
+
+
+KEPT = """
+import sys
+session_probe._KEEP_INTERPRETER_S = 10.0  # in place of 0.1 s: however slow the machine
+read_end, write_end = os.pipe()
+came_back = threading.Event()
+
+def wait_to_be_let_back(_):
+    os.read(read_end, 1)
+    came_back.set()
+    outside.pause()
+
+is_inside, had_the_interpreter = session_probe._is_inside, []
+
+def let_it_back(*of_a_thread):
+    inside = is_inside(*of_a_thread)
+    if inside:
+        holding_it.write(write_end, b"x", 1)
+        for _ in range(10):
+            holding_it.usleep(5_000)
+        had_the_interpreter.append(came_back.is_set())
+    return inside
+
+CALLS = 1
+start(wait_to_be_let_back)
+session_probe._is_inside = let_it_back
+session_probe._park_threads_in_engine()
+print(had_the_interpreter[0], came_back.is_set(), sys.getswitchinterval())
+"""
+
+
+def test_a_thread_that_comes_back_just_before_it_is_parked_gets_the_interpreter_only_after_that(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """It would be parked with it, or while it asks for it."""
+    ended = run_python(EXIT + KEPT)
+    assert ended.stdout.split() == ["False", "True", "0.005", "0"], ended.stdout + ended.stderr

@@ -335,18 +335,18 @@ def _park_threads_in_engine() -> None:
         return
     interpreter = _memory_of_interpreter(libc)
     began, interval_s = time.monotonic(), sys.getswitchinterval()
-    seen: dict[int, list[_Look]] = {}
+    seen: dict[int, list[_ThreadState]] = {}
     while _in_engine and time.monotonic() < began + _COME_BACK_WITHIN_S:
         try:
             time.sleep(0.002)  # who has returned from the engine and waits for the interpreter may have it now
             sys.setswitchinterval(_KEEP_INTERPRETER_S)
             for thread in list(_in_engine):
-                looks = seen.setdefault(thread, [])
-                look = _look_at(thread, libc)
-                if _is_inside(looks, look, interpreter):
-                    looks.clear()
-                    _park(thread, look, libc, *signals)
-                elif not look.call and time.monotonic() > began + _UNSEEN_WITHIN_S:
+                states = seen.setdefault(thread, [])
+                state = _state_of(thread, libc)
+                if _is_inside(states, state, interpreter):
+                    states.clear()
+                    _park(thread, state, libc, *signals)
+                elif not state.call and time.monotonic() > began + _UNSEEN_WITHIN_S:
                     _in_engine.discard(thread)  # it cannot be seen what it does
         except BaseException:  # a signal handler that raises must not leave threads behind
             continue
@@ -354,7 +354,7 @@ def _park_threads_in_engine() -> None:
             sys.setswitchinterval(interval_s)
 
 
-class _Look(NamedTuple):
+class _ThreadState(NamedTuple):
     """What the kernel says of a thread."""
 
     call: str = ""  # the number of the system call that it waits in, "running" if in none, empty if that is not known
@@ -364,8 +364,8 @@ class _Look(NamedTuple):
     cpu_s: float = 0.0  # that it has used
 
 
-def _look_at(thread: int, libc: ctypes.PyDLL) -> _Look:
-    """Keeps the interpreter: nothing may come between a look and what is done about it."""
+def _state_of(thread: int, libc: ctypes.PyDLL) -> _ThreadState:
+    """Keeps the interpreter: nothing may come between the look at a thread and what is done about it."""
     text = ctypes.create_string_buffer(256)
     file = libc.open(f"/proc/self/task/{thread}/syscall".encode(), os.O_RDONLY)
     libc.read(file, text, len(text) - 1)
@@ -374,23 +374,23 @@ def _look_at(thread: int, libc: ctypes.PyDLL) -> _Look:
     try:
         cpu_s = time.clock_gettime(~thread << 3 | 6)  # as clock_getcpuclockid(3) does, for a thread
         if len(words) < 4:
-            return _Look(words[0] if words else "", cpu_s=cpu_s)
-        return _Look(words[0], int(words[1], 16), int(words[-2], 16), int(words[-1], 16), cpu_s)
+            return _ThreadState(words[0] if words else "", cpu_s=cpu_s)
+        return _ThreadState(words[0], int(words[1], 16), int(words[-2], 16), int(words[-1], 16), cpu_s)
     except (OSError, ValueError):  # it is gone
-        return _Look()
+        return _ThreadState()
 
 
-def _is_inside(looks: list[_Look], look: _Look, interpreter: range) -> bool:
+def _is_inside(states: list[_ThreadState], state: _ThreadState, interpreter: range) -> bool:
     """True if a thread is in the engine beyond doubt, by this look at it and those before, which it joins."""
-    if not look.call or (look.call in _FUTEX and (not interpreter or look.argument in interpreter)):
-        looks.clear()
+    if not state.call or (state.call in _FUTEX and (not interpreter or state.argument in interpreter)):
+        states.clear()
         return False
-    looks.append(look)
-    waits = look.call != "running" and [look[:4]] * 2 == [before[:4] for before in looks[-2:]]
-    return waits or look.cpu_s - looks[0].cpu_s >= _SPINS_FROM_S
+    states.append(state)
+    waits = state.call != "running" and len(states) > 1 and states[-2][:4] == state[:4]  # all but the CPU time
+    return waits or state.cpu_s - states[0].cpu_s >= _SPINS_FROM_S
 
 
-def _park(thread: int, look: _Look, libc: ctypes.PyDLL, park: int, go_on: int) -> None:
+def _park(thread: int, state: _ThreadState, libc: ctypes.PyDLL, park: int, go_on: int) -> None:
     """Parks a thread that was seen in the engine; if it has come back since, it goes on."""
     sent = ended = False
     was_there: Optional[bool] = None
@@ -400,7 +400,7 @@ def _park(thread: int, look: _Look, libc: ctypes.PyDLL, park: int, go_on: int) -
                 sent = True
                 libc.tgkill(os.getpid(), thread, park)
             if was_there is None:
-                was_there = _was_interrupted_there(thread, look, libc)
+                was_there = _was_interrupted_there(thread, state, libc)
             if was_there:
                 _in_engine.discard(thread)
             elif not ended:
@@ -411,23 +411,23 @@ def _park(thread: int, look: _Look, libc: ctypes.PyDLL, park: int, go_on: int) -
             continue
 
 
-def _was_interrupted_there(thread: int, look: _Look, libc: ctypes.PyDLL) -> bool:
+def _was_interrupted_there(thread: int, state: _ThreadState, libc: ctypes.PyDLL) -> bool:
     """True if a thread that was sent the signal was still where it was seen. Returns when it is parked.
 
     The kernel keeps the stack pointer and the instruction that it has interrupted, side by side on x86-64 and ARM, on
     the thread's stack. Of one that was running neither is known: to come back it takes 10 us of the seconds it spins.
     """
     deadline = time.monotonic() + 1.0
-    while (parked := _look_at(thread, libc)).call not in _PAUSE or parked.stack == look.stack:
+    while (parked := _state_of(thread, libc)).call not in _PAUSE or parked.stack == state.stack:
         if not parked.call or time.monotonic() > deadline:
             return True  # it is gone, or gets no processor: nothing to be done about it
         libc.usleep(20)
-    if look.call == "running":
+    if state.call == "running":
         return True
-    if not 0 < look.stack - parked.stack <= _LARGEST_SIGNAL_FRAME:
+    if not 0 < state.stack - parked.stack <= _LARGEST_SIGNAL_FRAME:
         return False
-    frame = ctypes.string_at(parked.stack, look.stack - parked.stack)
-    return any(struct.pack("QQ", look.stack, look.instruction - back) in frame for back in _SYSTEM_CALL_BYTES)
+    frame = ctypes.string_at(parked.stack, state.stack - parked.stack)
+    return any(struct.pack("QQ", state.stack, state.instruction - back) in frame for back in _SYSTEM_CALL_BYTES)
 
 
 def _memory_of_interpreter(libc: ctypes.PyDLL) -> range:
