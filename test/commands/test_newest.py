@@ -29,6 +29,7 @@ def test_the_newest_release_is_read_and_the_patch_point_that_it_lost_is_named(tm
     renamed = {**SMALL, CONN: SMALL[CONN].replace("failed_sessions", "dead_sessions")}
     publish(tmp_path, "sglang", "9.8", {f"sglang/{name}": text for name, text in SMALL.items()})
     publish(tmp_path, "sglang", "9.9", {f"sglang/{name}": text for name, text in renamed.items()})
+    (tmp_path / "sglang-10.0.tar.gz").touch()  # published before its wheel
     publish(tmp_path, environment.MOONCAKE.replace("-", "_"), "0.9", {})
     ended = subprocess.run(
         [sys.executable, CHECKOUT / "tools" / "newest.py"],
