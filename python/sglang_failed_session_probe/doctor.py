@@ -6,6 +6,7 @@ prefill node started from here. The exit status is 0 if that is what was asked f
 ``--json`` prints one object:
 
     ready         true where the exit status is 0
+    asked_for     whether the switch is on, null if it is not set
     verdict       the last line
     sglang        its release, null if there is none
     mooncake      name and release of the wheel whose engine is there, null if that is not known
@@ -36,13 +37,13 @@ from typing import Any, Optional
 
 from sglang_failed_session_probe import patch_points
 from sglang_failed_session_probe.own_files import load_settings, source_folder
-from sglang_failed_session_probe.patch_points import PatchPoints
+from sglang_failed_session_probe.patch_points import ON_BY_DEFAULT, PatchPoints
+from sglang_failed_session_probe.patch_points import SWITCH as _SWITCH
 
 _DISTRIBUTION = "sglang-failed-session-probe"
 _PACKAGE = "sglang_failed_session_probe"
 _PTH = "sglang_failed_session_probe.pth"
 _PLUGIN_GROUP = "sglang.srt.plugins"
-_SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 _SETTINGS = {
     "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "interval_s",
     "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "max_interval_s",
@@ -57,6 +58,7 @@ _OUR_PREFIXES = ("SGLANG_FAILED_SESSION", "SGLANG_ENABLE_FAILED")
 _INSTALL = "pip install sglang_failed_session_probe-*.whl"
 _REINSTALL = "pip install --force-reinstall --no-deps sglang_failed_session_probe-*.whl"
 
+_FIRST_SGLANG_WITH_BLACKLIST = "0.4.7"
 _FIRST_MOONCAKE_THAT_ASKS = "0.3.11"
 _FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
 _FIRST_MOONCAKE_WITH_BOUND = "0.3.12"
@@ -111,8 +113,10 @@ class Diagnosis:
             return "A prefill node started here will probe blacklisted sessions."
         if self.asked_for is False:
             return f"A prefill node started here will probe no sessions, as {_SWITCH} asks for."
-        own = ", its own probe included" if self.points and self.points.has("native probe") else ""
-        return f"A prefill node started here will run SGLang as it is{own}: the switch is off; set {_SWITCH}=1."
+        own = ""
+        if self.points and self.points.has("native probe"):
+            own = f", its own probe {'on' if self.points.has(ON_BY_DEFAULT) else 'off'}"
+        return f"A prefill node started here will run SGLang as it is{own}: the switch is not set; set {_SWITCH}=1."
 
     def _what_happens(self, effect: int) -> str:
         node = "A prefill node started here" if self.asked_for else "Switched on, a prefill node started here"
@@ -128,6 +132,7 @@ class Diagnosis:
         shown = ("mark", "subject", "finding", "do")
         return {
             "ready": self.ready,
+            "asked_for": self.asked_for,
             "verdict": self.verdict,
             "sglang": self.points.release if self.points else None,
             "mooncake": self.mooncake,
@@ -195,10 +200,20 @@ def _look_at_sglang(folder: Optional[pathlib.Path], points: Optional[PatchPoints
         do = "run doctor with the Python of the prefill node, or install SGLang"
         yield Line("error", "SGLang", f"{sys.executable} finds no SGLang", do, _STOPS)
         return
+    if not (folder / "srt").is_dir():
+        do = "start from another folder, or take it off PYTHONPATH"
+        yield Line("error", "SGLang", f"{folder} is not SGLang and stands in front of it", do, _STOPS)
+        return
     is_wheel = any(folder.parent.glob("sglang-*.dist-info"))
     how = "a wheel" if is_wheel else "editable or a source tree"
     yield Line("ok", "SGLang", f"{points.release}, {how}, in {folder}")
+    here = pathlib.Path.cwd() / "sglang"
+    if (here / "__init__.py").is_file() and here.resolve() != folder.resolve():
+        finding = f"`python -m sglang.launch_server` in this folder would find {here} instead"
+        yield Line("warning", "SGLang", finding, "start it from another folder")
     newer = f"look for a release of {_DISTRIBUTION} that supports it"
+    if re.match(r"0\.[1-4]\.", points.release) and not _at_least(points.release, _FIRST_SGLANG_WITH_BLACKLIST):
+        newer = f"run it as it is: SGLang has the blacklist from {_FIRST_SGLANG_WITH_BLACKLIST} on"
     if points.missing:
         yield Line("error", "patch points", f"SGLang {points.release} has no {', no '.join(points.missing)}", newer)
     for doubt in points.doubts:
@@ -208,7 +223,10 @@ def _look_at_sglang(folder: Optional[pathlib.Path], points: Optional[PatchPoints
             finding.name.split()[-1] for finding in points.findings if finding.name.startswith("failed_sessions: ")
         )
         yield Line("ok", "patch points", f"all found; the blacklist is written by {', '.join(writers)}")
-    native = "yes, ours takes its place while the switch is on" if points.has("native probe") else "none"
+    native = "none"
+    if points.has("native probe"):
+        default = "on" if points.has(ON_BY_DEFAULT) else "off"
+        native = f"{default} by default; ours takes its place while the switch is on"
     yield Line("info", "native probe", native)
 
 
@@ -257,9 +275,10 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
         return None, [Line("error", "Mooncake", finding, do, _STOPS)], thread_limit
     wheels = _wheels_in(folder)
     wheel = _wheel_of_engine(wheels)
-    lines = [*_several_wheels(wheels, wheel), _release_line(wheel, engine, environment)]
+    release = _release_line(wheel, engine, environment)
+    lines = [*_several_wheels(wheels, wheel, release), release]
     if answers:  # else it is our own files that are not there, which is said elsewhere
-        lines.append(_engine_line(engine))
+        lines.append(_engine_line(engine, wheel))
     return _name(wheel), lines, thread_limit
 
 
@@ -324,7 +343,7 @@ def _name(wheel: Optional[importlib.metadata.Distribution]) -> Optional[str]:
 
 
 def _several_wheels(
-    wheels: list[importlib.metadata.Distribution], wheel: Optional[importlib.metadata.Distribution]
+    wheels: list[importlib.metadata.Distribution], wheel: Optional[importlib.metadata.Distribution], release: Line
 ) -> Iterator[Line]:
     if len(wheels) > 1:
         names = [each.metadata["Name"] for each in wheels]
@@ -335,7 +354,7 @@ def _several_wheels(
             "Mooncake",
             f"{len(wheels)} wheels of Mooncake lie over one another: {them}; {whose}",
             f"pip uninstall -y {' '.join(names)}, then install the one for this machine",
-            _UNSURE,
+            _UNSURE if release.mark == "ok" else release.effect,
         )
 
 
@@ -362,22 +381,26 @@ def _release_line(
 
 
 def _at_least(release: str, wanted: str) -> bool:
-    """Compares releases by their numbers, which is enough for Mooncake's."""
+    """Compares releases by their numbers, which is enough for those of Mooncake and SGLang."""
     return [int(part) for part in re.findall(r"\d+", release)] >= [int(part) for part in re.findall(r"\d+", wanted)]
 
 
-def _engine_line(engine: Any) -> Line:
+def _engine_line(engine: Any, wheel: Optional[importlib.metadata.Distribution]) -> Line:
     """Can the engine be imported, and if not, what is it that it lacks? ``engine`` is a bool, or why it cannot be."""
     subject = "mooncake.engine"
     if isinstance(engine, bool):
         return Line("ok", subject, "can be imported")
     library = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file", engine)
     if library is None:
-        return Line("error", subject, f"{subject} cannot be imported: {engine}", "install Mooncake anew", _STOPS)
+        do = "install Mooncake anew"
+        if wheel:
+            do = f"pip install --force-reinstall --no-deps {wheel.metadata['Name']}=={wheel.version}"
+        return Line("error", subject, f"{subject} cannot be imported: {engine}", do, _STOPS)
     name = library.group(1)
     if name.startswith(("libcu", "libnv")):
-        finding = f"{subject} needs {name}, which the driver of a GPU or PyTorch brings and which is not here"
-        return Line("error", subject, finding, "run doctor on the machine of the prefill node", _UNSURE)
+        finding = f"{subject} needs {name}, which CUDA or the driver of a GPU brings and which is not here"
+        do = "run doctor on the machine of the prefill node; if it says the same, install Mooncake's wheel for its CUDA"
+        return Line("error", subject, finding, do, _UNSURE)
     missing = [package for file, package in _MOONCAKE_LIBRARIES.items() if file == name or not _loads(file)]
     do = f"apt-get install {' '.join(missing)}" if missing else f"install what brings {name}"
     return Line("error", subject, f"{subject} needs {name}, which this system lacks", do, _STOPS)
@@ -474,18 +497,24 @@ def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]
         return "this Python runs with -S and reads no .pth file", "start it without -S"
     files = [folder for folder in map(pathlib.Path, sys.path) if (folder / _PTH).is_file()]
     if not files:
-        return f"{_PTH} is not there", _INSTALL
+        return f"{_PTH} is not there", _REINSTALL if _is_installed() else _INSTALL
     if f"{_PTH}:" in child.stderr:
         return f"{files[0] / _PTH} fails: {child.stderr.strip().splitlines()[-3:][0].strip()}", _REINSTALL
     return f"{files[0]} is no folder whose .pth files this Python reads", _INSTALL
 
 
+def _is_installed() -> bool:
+    return any(importlib.metadata.distributions(name=_DISTRIBUTION))
+
+
 def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
-    counts = _STOPS if points and points.has("native probe") else _PARTLY
-    for name, why, effect in (
-        ("wrapt", "without it the patch cannot be put into SGLang", _NO_PROBE),
-        ("prometheus_client", "without it recoveries are not counted", counts),
-    ):
+    counts = ("without it recoveries are not counted", _PARTLY)
+    if points and points.has("native probe"):
+        counts = ("SGLang's own MooncakeKVManager needs it", _STOPS)
+    for name, (why, effect) in {
+        "wrapt": ("without it the patch cannot be put into SGLang", _NO_PROBE),
+        "prometheus_client": counts,
+    }.items():
         distribution = name.replace("_", "-")
         if importlib.util.find_spec(name) is None:
             yield Line("error", name, f"{name} is not installed: {why}", f"pip install {distribution}", effect)

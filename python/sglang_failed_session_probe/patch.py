@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import pathlib
 import sys
+import threading
 import types
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -62,6 +63,7 @@ class _Patch:
     def __init__(self) -> None:
         self.active = True
         self.changed: set[str] = set()
+        self._lock = threading.Lock()
         self._undo: list[tuple[Any, str, object]] = []
 
     def replace(self, owner: Any, name: str, value: object) -> None:
@@ -70,9 +72,8 @@ class _Patch:
         setattr(owner, name, value)
 
     def give_up(self, missing: str) -> None:
-        """Takes everything back and says, once, what this release lacks."""
-        if self.active:
-            self.take_back()
+        """Takes everything back and says, once, what this release lacks. Any thread may call it."""
+        if self.take_back():
             logger.error(
                 "Failed-session probe is NOT active: SGLang %s has no %s. SGLang runs on unpatched; "
                 "look for a release of sglang-failed-session-probe that supports it",
@@ -80,15 +81,17 @@ class _Patch:
                 missing,
             )
 
-    def take_back(self) -> None:
-        """Undoes every change, the last one first."""
-        self.active = False
-        while self._undo:
-            owner, name, before = self._undo.pop()
-            if before is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+    def take_back(self) -> bool:
+        """Undoes every change, the last one first; True if nobody has done so before. Any thread may call it."""
+        with self._lock:
+            was_active, self.active = self.active, False
+            while self._undo:
+                owner, name, before = self._undo.pop()
+                if before is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+        return was_active
 
     def sglang_version(self) -> str:
         """The release of SGLang in this process."""

@@ -56,6 +56,9 @@ _LOOKING_NODES = (
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
+SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+ON_BY_DEFAULT = f"{SWITCH} is on by default"
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -426,8 +429,8 @@ class _Examination:
         self._doubts.append(f"{doubt} ({where})")
 
     def _look_for_manager(self) -> bool:
-        there = self._release.tree(_CONN) is not None
-        self._need(_CONN, _CONN, self._release.path(_CONN) if there else None)
+        there, path = self._release.tree(_CONN) is not None, self._release.path(_CONN)
+        self._need(_CONN, f"{_CONN} that can be read" if path.is_file() else _CONN, path if there else None)
         if not there:
             return False
         classes = self._release.classes(_CONN, _MANAGER)
@@ -567,6 +570,11 @@ class _Examination:
             for name in _FIELD_TYPES:
                 path = self._release.path(_ENVIRON) if name in names else None
                 self._need(name, f"{_ENVIRON}.{name}", path, names.get(name, ("", 1))[1])
+            text = self._release.path(_ENVIRON).read_text()
+            default = re.search(rf"^ *{SWITCH} *= *EnvBool\(True\)", text, re.MULTILINE)
+            line = text.count("\n", 0, default.start()) + 1 if default else 1
+            path = self._release.path(_ENVIRON) if default else None
+            self._note(ON_BY_DEFAULT, path, line, needed=False)
         self._look_for_free_names(_ENVIRON)
 
 

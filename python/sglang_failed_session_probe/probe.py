@@ -26,6 +26,7 @@ REFUSED_WITHIN_S = 0.5
 SILENT_FOR_S = (55.0, 100.0)
 # A read that is rejected takes a second at most; one whose packets are dropped at least MC_TRANSFER_TIMEOUT's least.
 READ_REJECTED_WITHIN_S = 4.0
+NO_ANSWER = -102  # Mooncake's rc, whatever the reason
 
 _LONGEST_UNHEARD_S = 0.25  # how long a Ctrl-C may go unheard
 _SAY_WAITING_AFTER_S = 1.0
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     if address is None:
         if not failed:
-            print("next: an answer does not prove that transfers work; --verify ADDRESS reads its memory")
+            print("next: an answer is no proof that transfers work; a prefill node also reads its memory")
         return 1 if failed else 0
     return 0 if _verify(aside, engine, session, address) and not failed else 1
 
@@ -91,21 +92,25 @@ class Answer:
 
     rc: int
     seconds: float
+    cut_short: bool = False  # it takes connections, and yet cuts probes short
 
     def __str__(self) -> str:
         if self.rc == 0:
             return f"answered (rc 0) in {_duration(self.seconds)}"
-        words = "host not known" if self.rc == -101 else "no answer" if self.rc == -102 else "failed"
+        words = {-101: "host not known", NO_ANSWER: "cut short" if self.cut_short else "no answer"}.get(
+            self.rc, "failed"
+        )
         return f"{words} (rc {self.rc}) after {_duration(self.seconds)}"
 
 
 def _probe_repeatedly(aside: _Aside, engine: Any, session: str, count: int) -> list[Answer]:
-    from sglang.srt.disaggregation.mooncake.session_probe import ask
+    from sglang.srt.disaggregation.mooncake.session_probe import CUT_SHORT, ask_and_listen
 
     def probe() -> Answer:
         began = time.monotonic()
-        rc = ask(engine, session)
-        return Answer(rc, time.monotonic() - began)
+        rc = ask_and_listen(engine, session)
+        seconds = time.monotonic() - began
+        return Answer(NO_ANSWER, seconds, cut_short=True) if rc == CUT_SHORT else Answer(rc, seconds)
 
     answers: list[Answer] = []
     for number in range(count):
@@ -129,12 +134,17 @@ def what_next(answer: Answer) -> str:
         return (
             "look at the host's name: it is not known here, or has an IPv6 address alone and MC_USE_IPV6=1 is not set"
         )
-    if answer.rc != -102:
+    if answer.rc != NO_ANSWER:
         return "run it again with --verbose: Mooncake's own log says more"
+    if answer.cut_short:
+        return (
+            "something takes connections there and answers no probe: its Mooncake is older than 0.3.10.post2, or "
+            "another program has that port (each start of a decode node takes another one)"
+        )
     if answer.seconds < REFUSED_WITHIN_S:
         return (
             "nothing listens on that port, or the way there is rejected: is the decode node up, is this still its "
-            "session (each start takes another port), is its Mooncake 0.3.10.post2 or later?"
+            "session (each start takes another port)?"
         )
     if SILENT_FOR_S[0] <= answer.seconds < SILENT_FOR_S[1]:
         return (

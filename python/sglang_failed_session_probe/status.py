@@ -110,8 +110,8 @@ def _read(url: str) -> Node:
     try:
         return _node(url, _page(url))
     except urllib.error.HTTPError as error:
-        todo = "start it with --enable-metrics" if error.code == 404 else "is this SGLang's /metrics?"
-        return Node(url, stuck=f"HTTP {error.code}: {todo}")
+        todo = "? Start it with --enable-metrics" if error.code == 404 else "'s /metrics?"
+        return Node(url, stuck=f"HTTP {error.code}: is this SGLang{todo}")
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
@@ -169,10 +169,10 @@ def _what_is_missing(page: str, totals: dict[str, float]) -> str:
     if f"{_OURS}s_blacklisted" in totals:
         return f"{_OURS}s_blacklisted is not a number: its metrics are broken"
     if totals:
-        return f"only SGLang's own counter, this probe is off: {_SWITCH_ON}"
+        return f"only SGLang's own counter, this probe is off or this is no prefill node: {_SWITCH_ON}"
     if "sglang:" in page:
         return f"no metrics of this probe, it is off or this is no prefill node: {_SWITCH_ON}"
-    return "no metrics of SGLang: start it with --enable-metrics"
+    return "no metrics of SGLang: is this its --port? Start it with --enable-metrics"
 
 
 def _whole(value: Optional[float]) -> Optional[int]:
@@ -247,7 +247,17 @@ def _show(nodes: list[Node], as_json: bool, watching: bool) -> None:
         print("\n".join(lines) + "\n", flush=True)
 
 
-_HEADINGS = ("node", "blacklisted", "recoveries", "blacklistings", "drops", "in flight", "outage", "probes", "state")
+_HEADINGS = (
+    "node",
+    "blacklisted",
+    "recoveries",
+    "blacklistings",
+    "drops",
+    "in flight",
+    "median outage",
+    "probes",
+    "state",
+)
 
 
 def _table(nodes: list[Node]) -> list[str]:
@@ -266,7 +276,7 @@ def _row(node: Node) -> tuple[str, ...]:
     def number(value: Optional[int]) -> str:
         return "-" if value is None else str(value)
 
-    outage = f"{node.median_outage_s:.1f} s of {node.outages}" if node.median_outage_s is not None else "-"
+    outage = f"~{node.median_outage_s:.1f} s of {node.outages}" if node.median_outage_s is not None else "-"
     probes = ", ".join(f"{count} {result}" for result, count in node.probes.items() if count) or "-"
     return (
         node.url.removeprefix("http://").removesuffix("/metrics"),

@@ -49,7 +49,8 @@ def test_where_nothing_is_wrong_it_says_that_a_prefill_node_will_probe(sound: En
 def test_with_the_switch_unset_it_says_that_it_is_off_and_that_is_no_fault(sound: Environment) -> None:
     report = sound.doctor()
     assert report.status == 0
-    assert "its own probe included: the switch is off" in report.verdict
+    assert "SGLang as it is, its own probe on: the switch is not set" in report.verdict
+    assert (report.whole["asked_for"], sound.doctor(**ON).whole["asked_for"]) == (None, True)
     assert report.line(".pth file")["mark"] == "ok"
     assert sound.doctor(**{SWITCH: "off"}).verdict.endswith(f"will probe no sessions, as {SWITCH} asks for.")
 
@@ -122,6 +123,42 @@ def test_the_keys_of_the_json_object_are_documented(sound: Environment) -> None:
 # SGLang.
 
 
+@pytest.mark.parametrize(
+    ("release", "default"), [("0.5.23", "its own probe on"), ("0.5.13.post1", "its own probe off"), ("0.5.8.post1", "")]
+)
+def test_it_says_what_sglangs_own_probe_does_while_the_switch_is_unset(release: str, default: str, made: Make) -> None:
+    verdict = made(*EVERYTHING, sglang=f"sglang-{release}").doctor().verdict
+    assert f"will run SGLang as it is{default and ', '}{default}: the switch is not set" in verdict
+
+
+def test_another_folder_of_that_name_in_front_of_sglang(made: Make, tmp_path: pathlib.Path) -> None:
+    here = made(*EVERYTHING)
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "__init__.py").touch()
+    report = here.doctor(PYTHONPATH=str(tmp_path), **ON)
+    assert report.verdict.startswith(f"{WILL_NOT_START}{tmp_path / 'sglang'} is not SGLang and stands in front of it")
+    here.add("../../../bin/sglang/__init__.py", "")  # where it is started
+    report = here.doctor("-I", **ON)
+    assert "`python -m sglang.launch_server` in this folder" in report.line("SGLang")["finding"]
+    assert report.verdict == WILL_PROBE
+
+
+def test_an_sglang_that_has_no_blacklist_yet(sound: Environment, tmp_path: pathlib.Path) -> None:
+    old = doctored.Build({"version.py": {}, doctored.CONN: {"failed_sessions": "other_sessions"}}, "")
+    path = doctored.make(old, sound.python, tmp_path)
+    version = path / "sglang" / "_version.py"
+    version.unlink()
+    version.write_text("__version__ = '0.4.6.post5'")
+    line = sound.doctor(PYTHONPATH=str(path), **ON).line("patch points")
+    assert line["do"] == "run it as it is: SGLang has the blacklist from 0.4.7 on"
+
+
+def test_an_sglang_whose_file_is_broken(sound: Environment, tmp_path: pathlib.Path) -> None:
+    broken = doctored.Build({doctored.CONN: {r"class MooncakeKVManager": "class class"}}, "")
+    line = sound.doctor(PYTHONPATH=str(doctored.make(broken, sound.python, tmp_path)), **ON).line("patch points")
+    assert "has no sglang.srt.disaggregation.mooncake.conn that can be read" in line["finding"]
+
+
 def test_no_sglang_at_all(made: Make) -> None:
     report = made(MOONCAKE, WRAPT, PROMETHEUS).doctor(**ON)
     assert report.errors == ["SGLang"]
@@ -174,11 +211,15 @@ def test_no_mooncake(made: Make) -> None:
             ("libibverbs.so.1", "apt-get install libibverbs1"),
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "error", ("ends the process with SIGSEGV", "")),
-        ("raise ImportError('GLIBC_2.99 not found')", "error", ("GLIBC_2.99 not found", "")),
+        (
+            "raise ImportError('GLIBC_2.99 not found')",
+            "error",
+            ("GLIBC_2.99 not found", "pip install --force-reinstall --no-deps mooncake-transfer-engine==0.3.13"),
+        ),
         (
             "raise ImportError('libcudart.so.12: cannot open shared object file: No such file or directory')",
             "error",
-            ("libcudart.so.12, which the driver of a GPU or PyTorch brings", "on the machine of the prefill node"),
+            ("libcudart.so.12, which CUDA or the driver of a GPU brings", "on the machine of the prefill node"),
         ),
     ],
     ids=["library", "crash", "another reason", "CUDA"],
@@ -230,6 +271,16 @@ def test_two_wheels_of_mooncake_over_one_another(made: Make) -> None:
     assert "do this: pip uninstall -y " in report.verdict
 
 
+def test_a_wheel_that_cannot_probe_over_one_that_can(made: Make) -> None:
+    here = made(SGLANG, WRAPT, PROMETHEUS)
+    here.add("mooncake/__init__.py", "")
+    here.add("mooncake/engine.py", "class TransferEngine: pass\n")
+    for name, release in (("mooncake-transfer-engine", "0.3.9"), (environment.MOONCAKE, "0.3.13")):
+        add_wheel_record(here, name, release)
+    verdict = here.doctor(**ON).verdict
+    assert verdict.startswith(f"{WILL_NOT}2 wheels of Mooncake"), "it advises a wheel that is there already"
+
+
 # The ways in.
 
 
@@ -250,6 +301,7 @@ def test_one_open_door_is_enough_and_the_other_is_a_warning(made: Make) -> None:
     (here.site / doctor._PTH).unlink()
     report = here.doctor(**ON)
     assert (report.line(".pth file")["mark"], report.verdict) == ("warning", WILL_PROBE)
+    assert "--force-reinstall" in report.line(".pth file")["do"], "pip does nothing: it is installed already"
     assert "processes without plugins (Ray)" in report.line(".pth file")["finding"]
 
 

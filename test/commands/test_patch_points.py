@@ -172,7 +172,7 @@ def test_the_words_are_those_of_the_error_line(edits: dict[str, tuple[str, str]]
     [
         ({CONN: ("\nclass", "\n_blacklist = 1\n\nclass")}, f"free name _blacklist in {patch_points._CONN}"),
         ({ENVIRON: ("EnvFloat", "EnvDouble")}, "sglang.srt.environ.EnvFloat"),
-        ({CONN: ("        if disaggregation_mode", "if (")}, patch_points._CONN),
+        ({CONN: ("        if disaggregation_mode", "if (")}, f"{patch_points._CONN} that can be read"),
     ],
     ids=["name taken", "no field type", "cannot be read"],
 )

@@ -37,7 +37,7 @@ def test_a_live_node_answers_and_mooncakes_own_log_stays_away(decode: Node) -> N
     assert (status, errors) == (0, "")
     answer, next_line = output.splitlines()
     assert re.fullmatch(rf"{decode.session} answered \(rc 0\) in [\d.]+ m?s", answer)
-    assert next_line.startswith("next: an answer does not prove that transfers work")
+    assert next_line.startswith("next: an answer is no proof that transfers work")
 
 
 def test_mooncakes_own_log_is_there_for_who_wants_it(decode: Node) -> None:
@@ -105,6 +105,14 @@ def test_dropped_packets_point_to_the_firewall(network: Network, tmp_path: pathl
         status, output, _ = run("probe", decode.session, network=network.path, MC_HANDSHAKE_CONNECT_TIMEOUT="1")
         assert status == 1
         assert "next: packets vanish on the way" in output
+
+
+def test_another_program_on_that_port_is_told_from_one_where_nothing_listens() -> None:
+    with imposters("garbage") as [session]:
+        status, output, _ = run("probe", session)
+    assert status == 1
+    assert f"{session} cut short (rc -102)" in output
+    assert "another program has that port" in output
 
 
 def test_a_host_that_nobody_knows_is_called_that() -> None:

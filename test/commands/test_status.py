@@ -108,7 +108,7 @@ def test_a_row_a_node_with_its_figures() -> None:
     headings, first, second = output.splitlines()
     assert headings.split("  ")[0].strip() == "node"
     assert first.split() == [
-        *(healthy.removeprefix("http://"), "0", "12", "14", "2", "0/992", "1.8", "s", "of", "3"),
+        *(healthy.removeprefix("http://"), "0", "12", "14", "2", "0/992", "~1.8", "s", "of", "3"),
         *("30", "answered,", "400", "unanswered", "nothing", "is", "blacklisted"),
     ]
     assert second.split()[:6] == [troubled.removeprefix("http://"), "2", "0", "0", "0", "3/992"]
@@ -144,10 +144,14 @@ def closed_port() -> str:
 
 NATIVE = "# TYPE sglang:failed_session_recoveries_total counter\nsglang:failed_session_recoveries_total 4.0\n"
 UNREADABLE = {
-    "404": ("", 404, "HTTP 404: start it with --enable-metrics"),
-    "an empty page": ("", 200, "no metrics of SGLang: start it with --enable-metrics"),
+    "404": ("", 404, "HTTP 404: is this SGLang? Start it with --enable-metrics"),
+    "an empty page": ("", 200, "no metrics of SGLang: is this its --port? Start it with --enable-metrics"),
     "no metrics of ours": (OTHER_METRIC, 200, "it is off or this is no prefill node: set SGLANG_ENABLE_FAILED"),
-    "SGLang's own counter": (OTHER_METRIC + NATIVE, 200, "only SGLang's own counter, this probe is off: set SGLANG_"),
+    "SGLang's own counter": (
+        OTHER_METRIC + NATIVE,
+        200,
+        "counter, this probe is off or this is no prefill node: set SGLANG_",
+    ),
     "NaN": (NATIVE + "sglang:failed_sessions_blacklisted NaN\n", 200, "is not a number"),
     "a broken page": ("<p>sglang:failed_session {what?</p>\n", 200, "no page of metrics"),
     "an error": ("", 503, "HTTP 503"),

@@ -5,11 +5,14 @@ Each story runs in a Python of its own. The fake class notes what it was made of
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import subprocess
+import threading
 from collections.abc import Callable
 
 import pytest
+from sglang_failed_session_probe import patch
 
 ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
@@ -286,6 +289,31 @@ def test_a_lock_that_somebody_has_wrapped_is_as_good(story: Story) -> None:
 
 
 # A release that is not as we know it: one ERROR, and SGLang runs on unpatched.
+
+
+def test_two_threads_that_find_the_same_thing_missing_say_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The native probe's thread and the constructor may look at the same time."""
+    both_looked = threading.Barrier(2)
+
+    class Patch(patch._Patch):
+        @property
+        def active(self) -> bool:
+            found = self.is_active
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_looked.wait(0.5)
+            return found
+
+        @active.setter
+        def active(self, value: bool) -> None:
+            self.is_active = value
+
+    given_up = Patch()
+    threads = [threading.Thread(target=given_up.give_up, args=("session_lock",)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len([line for line in caplog.messages if "is NOT active" in line]) == 1
 
 
 @pytest.mark.parametrize(
