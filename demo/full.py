@@ -30,7 +30,8 @@ def tell(folder: pathlib.Path, timeline: Timeline) -> tuple[scenario.Outcome, sc
 
     def play(feature: bool) -> scenario.Outcome:
         logs = folder / (WITH if feature else WITHOUT)
-        timeline.heading(f"{'With' if feature else 'Without'} the feature: {SWITCH}={int(feature)} on prefill")
+        own = "" if feature else ", which switches SGLang's own probe off too, where it has one"
+        timeline.heading(f"{'With' if feature else 'Without'} the feature: {SWITCH}={int(feature)} on prefill{own}")
         timeline.event("servers", "starting a prefill and a decode server; takes about a minute")
         with servers.running(python, RELEASE, feature, folder / "model", logs, timeline) as pair:
             timeline.event("servers", "both are ready")

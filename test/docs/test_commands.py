@@ -73,10 +73,8 @@ def test_promtool_is_content_with_the_rules_and_with_what_kubectl_is_given(tmp_p
 
     for command in of("promtool"):
         run(f"{programs}/{command}")
-    (applied,) = re.findall(
-        r"^    (kubectl apply.*?^    END)$", (CHECKOUT / "deploy/README.md").read_text(), re.S | re.M
-    )
-    given = run("kubectl() { cat; }\n" + applied.replace("\n    ", "\n"))
+    (applied,) = re.findall(r"^(kubectl apply.*?^END)$", (CHECKOUT / "deploy/README.md").read_text(), re.S | re.M)
+    given = run(f"kubectl() {{ cat; }}\n{applied}")
     header, rules = given.split("spec:\n")
     assert "kind: PrometheusRule" in header
     file = tmp_path / "rules.yml"
