@@ -101,17 +101,18 @@ def play(pair: Pair, feature: bool, report: Report) -> Outcome:
     report.event("decode", "stopped (SIGSTOP) in the middle of the transfer of request 2")
     wedged = _wait(pair, pending, report, "prefill waits for decode, request 2")
     report.event("request 2", _said(wedged))
+    pending = pair.request()  # before decode goes on, for on a slow machine a probe might let the session in first
     pair.continue_decode()
     report.event("decode", "goes on (SIGCONT)")
-    refused, failed, served_after_s = _watch(pair, report)
+    refused, failed, served_after_s = _watch(pair, pending, report)
     recoveries = _recoveries(pair, feature)
     report.event("metrics", f"{COUNTER} {'is not there' if recoveries is None else f'{recoveries:g}'}")
     failed += not wedged.served
     return Outcome(feature, active, first, wedged, refused, failed, served_after_s, recoveries)
 
 
-def _watch(pair: Pair, report: Report) -> tuple[Answer | None, int, float | None]:
-    """Send requests until one is served.
+def _watch(pair: Pair, pending: Pending | None, report: Report) -> tuple[Answer | None, int, float | None]:
+    """Send requests, after the one that is on its way, until one is served.
 
     Returns the first one that was refused because of the blacklist, how many failed, and the seconds until one was
     served, None if none was.
@@ -119,7 +120,8 @@ def _watch(pair: Pair, report: Report) -> tuple[Answer | None, int, float | None
     refused, last, failed, started = None, "", 0, time.monotonic()
     while (passed := time.monotonic() - started) < WATCH_S:
         report.status(f"{passed:.1f} s after SIGCONT; {failed} requests failed")
-        answer = _wait(pair, pair.request(), report, f"request {3 + failed}, {passed:.1f} s after SIGCONT")
+        answer = _wait(pair, pending or pair.request(), report, f"request {3 + failed}, {passed:.1f} s after SIGCONT")
+        pending = None
         if answer.served:
             served_after_s = time.monotonic() - started
             report.event(f"request {3 + failed}", f"{_said(answer)}, {served_after_s:.2f} s after SIGCONT")

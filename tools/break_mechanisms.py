@@ -185,7 +185,7 @@ BREAKS = [
         "who gets the interpreter late is waited for",
         PROBE,
         "_COME_BACK_WITHIN_S = 3.0",
-        "_COME_BACK_WITHIN_S = 0.3",
+        "_COME_BACK_WITHIN_S = 0.05",
         f"{UNIT}/test_exit.py",
     ),
     Break(

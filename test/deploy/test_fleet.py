@@ -30,14 +30,14 @@ HEALED = {"peer_stopped", "data_port_shut"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240, func_only=True)
+@pytest.mark.timeout(500, func_only=True)
 def test_each_alert_fires_for_the_node_that_has_the_fault_and_for_no_other(
     programs: pathlib.Path, network: Network, tmp_path: pathlib.Path
 ) -> None:
     with fleet(network, programs / "prometheus", tmp_path, deployed.sixty_times_as_fast) as all_nodes:
         prometheus = all_nodes.prometheus
-        assert wait_until(lambda: len(prometheus.query("up == 1")) == len(all_nodes.instances), 20)
-        assert len(prometheus.query("sglang:failed_sessions_blacklisted == 0")) == len(all_nodes.instances)
+        well = "sglang:failed_sessions_blacklisted == 0"
+        assert wait_until(lambda: len(prometheus.query(well)) == len(all_nodes.instances), 20)
         assert all_nodes.firing() == set()
 
         seen: set[tuple[str, str]] = set()
@@ -47,13 +47,14 @@ def test_each_alert_fires_for_the_node_that_has_the_fault_and_for_no_other(
             return all_nodes.firing() == TRUTH
 
         with faults(all_nodes, network, tmp_path):
-            all_fired = wait_until(all_fire, 60, meanwhile=all_nodes.flap)
+            # It takes half a minute; a stall of a second or two is minutes for the rules, and most begin anew.
+            all_fired = wait_until(all_fire, 180, meanwhile=all_nodes.flap)
             assert seen <= TRUTH, f"an on-call is told what is not so: {seen - TRUTH}"
             assert all_fired, f"an on-call is not told: {TRUTH - all_nodes.firing()}"
             check_rules(all_nodes)
             check_dashboard(all_nodes)
 
-        healed = wait_until(lambda: not any(node in HEALED for _, node in all_nodes.firing()), 60)
+        healed = wait_until(lambda: not any(node in HEALED for _, node in all_nodes.firing()), 120)
         assert healed, f"an on-call looks for what is over: {all_nodes.firing()}"
         assert (LONG, "many") in all_nodes.firing(), "what was not healed must go on firing"
 
@@ -62,7 +63,7 @@ def check_rules(all_nodes: Fleet) -> None:
     for rule in all_nodes.prometheus.rules():
         assert rule["health"] == "ok", f"{rule['name']}: {rule['lastError']}"
         if rule["type"] == "recording":
-            assert all_nodes.prometheus.query(rule["name"]), f"{rule['name']} records nothing"
+            assert all_nodes.prometheus.series(rule["name"]), f"{rule['name']} records nothing"
     as_shipped = deployed.ALERTS.read_text().split("expr: |\n")[1:]
     assert len(as_shipped) == len(deployed.alert_names())
     for text in as_shipped:
@@ -73,7 +74,7 @@ def check_dashboard(all_nodes: Fleet) -> None:
     """Every query has an answer for the fleet, and those of one node are of that node."""
     prometheus = all_nodes.prometheus
     for query in deployed.queries():
-        assert prometheus.query(query.promql), f"the panel {query.panel!r} is empty: {query.promql}"
+        assert prometheus.series(query.promql), f"the panel {query.panel!r} is empty: {query.promql}"
     many = all_nodes.instances["many"]
     for query in deployed.queries(job="prefill", instance=many):
         series = prometheus.query(query.promql)
@@ -82,7 +83,7 @@ def check_dashboard(all_nodes: Fleet) -> None:
 
     def value(panel: str, **chosen: str) -> float:
         query = next(query for query in deployed.queries(**chosen) if query.panel == panel)
-        (series,) = prometheus.query(query.promql)
+        (series,) = prometheus.series(query.promql)
         return float(series["value"][1])
 
     assert value("Blacklisted now", job="prefill", instance=many) == MANY

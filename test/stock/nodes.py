@@ -99,6 +99,13 @@ class Node:
         records = [json.loads(line) for line in self._log.read_text().splitlines()]
         return [r["message"] for r in records if containing in r["message"] and level in ("", r["level"])]
 
+    def wait_for_record(self, containing: str, deadline_s: float = 10.0) -> None:
+        """Wait until the log has a message that contains the text: other threads write while this one asks."""
+        deadline = time.monotonic() + deadline_s
+        while not self.records(containing):
+            assert time.monotonic() < deadline, f"no {containing!r} in the log of {self.role}"
+            time.sleep(0.02)
+
     @property
     def pid(self) -> int:
         """The process."""
@@ -107,9 +114,8 @@ class Node:
     def stop(self) -> None:
         """Stop the process (SIGSTOP) and return when the kernel says that all of its threads are stopped."""
         os.kill(self._process.pid, signal.SIGSTOP)
-        threads = list(pathlib.Path(f"/proc/{self._process.pid}/task").glob("*/stat"))
         deadline = time.monotonic() + 5
-        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in threads):
+        while not _stands_still(self._process.pid):
             if time.monotonic() > deadline:
                 raise NodeEnded(f"{self.role} does not stop")
             time.sleep(0.001)
@@ -155,6 +161,14 @@ class Node:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended: the answer that does not come says so
+
+
+def _stands_still(pid: int) -> bool:
+    try:
+        stats = [stat.read_text() for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # a thread has ended meanwhile
+        return False
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 Start = Callable[..., Node]  # the fixture: start(role, *, python=..., network=..., **settings)
@@ -225,13 +239,16 @@ def play_story(prefill: Node, decode: Node) -> Story:
         refused = send(prefill, second)
     finally:
         decode.resume()
+    recovered = recovers(prefill, decode.session)
+    if recovered:
+        prefill.wait_for_record(f"Session {decode.session} recovered via probe")  # which is told after it is counted
     return Story(
         served_before,
         failed,
         failed_after_s,
         blacklisted,
         refused,
-        recovers(prefill, decode.session),
+        recovered,
         is_served(prefill, decode),
         prefill.ask("counter")["value"],
     )
@@ -240,6 +257,14 @@ def play_story(prefill: Node, decode: Node) -> Story:
 def is_blacklisted(prefill: Node, session: str) -> bool:
     """True while prefill has the session on its blacklist; asks without noting a request."""
     return session in prefill.ask("state")["failed_sessions"]
+
+
+def counts(prefill: Node, recoveries: float, deadline_s: float = 10.0) -> bool:
+    """Wait until prefill has counted so many recoveries, a moment after the session is off the blacklist."""
+    deadline = time.monotonic() + deadline_s
+    while prefill.ask("counter")["value"] < recoveries and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return prefill.ask("counter")["value"] == recoveries
 
 
 def recovers(prefill: Node, session: str, deadline_s: float = 5.0) -> bool:

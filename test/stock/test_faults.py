@@ -26,7 +26,6 @@ pytestmark = [
 ]
 
 FAULT_S = 10.0
-UNTIL_A_PROBE_HANGS_S = 0.5
 # What was not acknowledged Linux sends again after 0.2, 0.6, 1.4, 3, 6 and 13 s, though the sender has long given up.
 BYTES_ARE_STILL_UNDER_WAY_S = 9.0
 ALL_BYTES_HAVE_LANDED_S = 16.0
@@ -87,14 +86,21 @@ def rule(network: Network, *words: str) -> Iterator[Callable[[], int]]:
     """Puts a rule for packets in force; gives how many it has met."""
 
     def packets() -> int:
-        listed = processes.run(["iptables", "-nvxL", "INPUT", "1"], network.path)
+        listed = processes.run(["iptables", "--wait", "-nvxL", "INPUT", "1"], network.path)
         return int(listed.split()[0])
 
-    processes.run(["iptables", "-I", "INPUT", *words], network.path)
+    processes.run(["iptables", "--wait", "-I", "INPUT", *words], network.path)
     try:
         yield packets
     finally:
-        processes.run(["iptables", "-D", "INPUT", *words], network.path)
+        processes.run(["iptables", "--wait", "-D", "INPUT", *words], network.path)
+
+
+def wait_for(packets: Callable[[], int], why_not: str) -> None:
+    deadline = time.monotonic() + 15
+    while not packets():
+        assert time.monotonic() < deadline, why_not
+        time.sleep(0.02)
 
 
 def assert_lost_to_the_fault(sent: Sent) -> None:
@@ -115,7 +121,7 @@ Fault = Callable[[Network, Node], AbstractContextManager[object]]
 FAULTS: dict[str, tuple[Fault, float]] = {
     "decode stopped": (lambda network, decode: stopped(decode), 4),
     "all packets dropped": (lambda network, decode: rule(network, "-j", "DROP"), 10),
-    "all connections rejected": (lambda network, decode: rule(network, "-p", "tcp", *RESET), 6),
+    "all connections rejected": (lambda network, decode: rule(network, "-p", "tcp", *RESET), 10),
 }
 
 
@@ -141,7 +147,8 @@ def test_no_request_is_let_through_to_a_data_port_that_rejects_while_the_handsha
         assert_lost_to_the_fault(send(prefill, hand_over(prefill, decode)))
         while time.monotonic() < over_at:
             assert_refused(send(prefill, hand_over(prefill, decode)))
-    assert_next_request_is_served(prefill, decode, recovered_within_s=5)
+    # It takes a second; but a read that half a second's stall made slow is not tried again for five.
+    assert_next_request_is_served(prefill, decode, recovered_within_s=15)
 
 
 def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
@@ -151,10 +158,10 @@ def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
     for hold_s in (0, 1, 2, 4):
         lost = hand_over(prefill, decode)
         with network.rejected(handshake_port, data_port):
+            sent_at = time.monotonic()  # before the failure: nothing in between makes the hold look shorter
             assert_lost_to_the_fault(send(prefill, lost))
-            failed_at = time.monotonic()
         assert_next_request_is_served(prefill, decode, recovered_within_s=hold_s + 4)
-        assert time.monotonic() - failed_at > hold_s, "let in again too soon"
+        assert time.monotonic() - sent_at > hold_s, "let in again too soon"
     holds = [line.rpartition(" ")[2] for line in prefill.records(HELD)[said_before:]]
     assert holds == ["1s", "2s", "4s"]
 
@@ -195,17 +202,15 @@ def test_an_answer_to_a_probe_from_before_a_registration_does_not_end_a_later_fa
 ) -> None:
     prefill = unsettled_prefill
     with contextlib.ExitStack() as silence:
-        silence.enter_context(network.cut(handshake_port))
+        after_connect = ["-p", "tcp", "--tcp-flags", "SYN", "NONE", "--dport", str(handshake_port)]
+        unheard = silence.enter_context(rule(network, *after_connect, "-j", "DROP"))
         prefill.ask("blacklist", session=decode.session)
-        time.sleep(UNTIL_A_PROBE_HANGS_S)
+        wait_for(unheard, "nobody was asked")
         assert is_blacklisted(prefill, decode.session), "the probe does not hang"
         assert is_served(prefill, decode, register=True), "a registration does not lift the blacklisting"
         prefill.ask("blacklist", session=decode.session)
         with rule(network, "-p", "tcp", "--syn", "--dport", str(handshake_port), *RESET) as packets:
             silence.close()  # the answer comes now; whoever asks from now on is refused
-            deadline = time.monotonic() + 15
-            while not packets():
-                assert time.monotonic() < deadline, "nothing was asked after the answer had come"
-                time.sleep(0.02)
+            wait_for(packets, "nobody was asked after the answer had come")
             assert is_blacklisted(prefill, decode.session), "let in by an answer older than the newest failure"
     assert_next_request_is_served(prefill, decode, recovered_within_s=4)

@@ -31,12 +31,10 @@ def test_one_warning_names_the_installed_and_the_needed_version(prefill: Node) -
 
 
 def test_one_line_more_is_said_of_a_session_that_stays_blacklisted(prefill: Node) -> None:
-    deadline = time.monotonic() + 10
-    while not prefill.records(containing="Starting failed-session probe loop"):
-        assert time.monotonic() < deadline, "the daemon thread has not started"
-        time.sleep(0.05)
+    prefill.wait_for_record("Starting failed-session probe loop")
     before = prefill.records()
     prefill.ask("blacklist", session="127.0.0.1:1")
+    prefill.wait_for_record("127.0.0.1:1 is blacklisted")
     time.sleep(SEVERAL_PROBES_S)
     assert is_blacklisted(prefill, "127.0.0.1:1")
     (more,) = prefill.records()[len(before) :]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pathlib
 import time
+from collections import Counter
 
 import pytest
-from nodes import ENABLE, Node, Refused, Start, Story, is_blacklisted, is_served, play_story, recovers
+from nodes import ENABLE, Node, Refused, Start, Story, counts, is_blacklisted, is_served, play_story, recovers
 
 pytestmark = pytest.mark.every_release
 
@@ -57,7 +58,7 @@ def test_a_request_is_served_before_the_fault(story: Story) -> None:
 def test_a_stopped_decode_fails_the_request_and_is_blacklisted(story: Story) -> None:
     assert story.failed.status == "Failed"
     assert "Failed to send kv chunk" in story.failed.reason
-    assert 4.5 < story.failed_after_s < 8
+    assert 4.5 < story.failed_after_s < 20  # as MC_TRANSFER_TIMEOUT says, and not 30
     assert story.blacklisted
 
 
@@ -117,11 +118,16 @@ def test_a_decode_manager_has_no_blacklist_and_no_probe_thread(decode: Node, pre
 
 
 def test_a_registration_clears_the_blacklist_without_counting_as_a_recovery(prefill: Node, decode: Node) -> None:
-    before = prefill.ask("counter")
-    prefill.ask("blacklist", session=decode.session)
-    assert is_served(prefill, decode, register=True)
-    assert not is_blacklisted(prefill, decode.session)
-    time.sleep(1.5)  # a probe that was out at the registration has long been answered and would have settled
+    for _ in range(5):
+        before, began = prefill.ask("counter"), time.monotonic()
+        prefill.ask("blacklist", session=decode.session)
+        assert is_served(prefill, decode, register=True)
+        came_first = time.monotonic() - began < 1.0  # else probes may have let it in: they settle in a second
+        assert not is_blacklisted(prefill, decode.session)
+        time.sleep(1.5)  # a probe that was out at the registration has long been answered and would have settled
+        if came_first:
+            break
+    assert came_first, "this machine is too slow to register within a second"
     assert prefill.ask("counter") == before
 
 
@@ -137,7 +143,7 @@ def test_a_wrong_setting_stops_the_prefill_with_one_sentence(prefill: Node, name
     assert allowed in sentence
     assert "\n" not in sentence
     assert sentence.rstrip(".").count(". ") == 0
-    assert prefill.ask("state")["threads"] == threads
+    assert not Counter(prefill.ask("state")["threads"]) - Counter(threads)  # workers of a probe before may have ended
 
 
 def test_an_interval_over_the_longest_stops_the_prefill_and_names_both(prefill: Node) -> None:
@@ -154,4 +160,4 @@ def test_no_session_is_lost_that_fails_while_the_manager_starts(prefill: Node, d
     assert set(dead) <= set(state["failed_sessions"])
     assert set(dead) <= set(state["session_failures"])
     assert recovers(prefill, decode.session)
-    assert prefill.ask("counter")["value"] == before + 1
+    assert counts(prefill, before + 1)

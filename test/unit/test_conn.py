@@ -192,18 +192,18 @@ def test_a_healed_session_is_used_again_after_about_settle_time(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    engine = Engine(transfer=-1)
+    engine = Engine(transfer=-1, probe=REFUSED)
     manager = make_manager(engine)
     manager.register_decode(D, SOME_MEMORY)
     before = recoveries()
     with pytest.raises(KVTransferError, match=r"Failed to send 1 blocks to decode:7001 \(rc -1\)"):
         send(manager, D)
-    failed_at = time.monotonic()
     with pytest.raises(KVTransferError, match="remote mooncake session decode:7001 is not alive"):
         send(manager, D)
-    engine.transfer = 0
+    healed_at = time.monotonic()
+    engine.transfer = engine.probe[D] = 0
     assert wait_until(lambda: not blacklisted(manager)), "dead for good"
-    assert 0.1 <= time.monotonic() - failed_at < 1.0
+    assert time.monotonic() - healed_at >= 0.1
     send(manager, D)
     assert dict(manager.session_failures) == {}
     assert wait_until(lambda: recoveries() == before + 1)
@@ -231,17 +231,15 @@ def test_a_failure_wakes_the_sleeping_daemon_thread(make_manager: MakeManager) -
     manager = make_manager(engine)
     time.sleep(0.1)
     assert engine.asked == []
-    failed_at = time.monotonic()
     blacklist(manager, D)
-    assert engine.asked_something.wait(2)
-    assert time.monotonic() - failed_at < 1.0
+    assert engine.asked_something.wait(5), "it sleeps for good while nothing is blacklisted"
 
 
 def test_a_registration_clears_the_blacklist_without_a_recovery(make_manager: MakeManager) -> None:
     engine = Engine(probe=REFUSED)
     manager, before = make_manager(engine), recoveries()
     blacklist(manager, D)
-    assert engine.asked_something.wait(2)
+    assert engine.asked_something.wait(5)
     manager.register_decode(D, SOME_MEMORY)
     send(manager, D)
     assert dict(manager.session_failures) == {}
@@ -261,7 +259,7 @@ def test_an_answer_from_before_the_newest_failure_changes_nothing(make_manager: 
 
     engine.probe[D] = answers_late
     blacklist(manager, D)
-    assert asked.wait(2)
+    assert asked.wait(5)
     manager.register_decode(D, SOME_MEMORY)
     blacklist(manager, D)
     answer.set()
@@ -310,7 +308,7 @@ def test_teardown_with_hung_probes_is_prompt_and_ends_the_daemon_thread(make_man
     assert wait_until(lambda: len(engine.asked) == 12)
     began = time.monotonic()
     manager.teardown()
-    assert time.monotonic() - began < 0.5, "a hung peer holds up an exit"
+    assert time.monotonic() - began < 3.0, "a hung peer holds up an exit until the thread is waited for no more"
     assert not threads("MooncakeFailedSessionProbe")
 
 
@@ -331,7 +329,7 @@ def test_no_worker_thread_is_left_while_nothing_is_blacklisted(make_manager: Mak
     manager = make_manager(Engine())
     blacklist(manager, *many(10))
     assert wait_until(lambda: not blacklisted(manager))
-    assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before), 1.0)
+    assert wait_until(lambda: set(threads("MooncakeSessionWorker")) <= set(before))
 
 
 def test_threads_of_a_burst_go_though_one_peer_stays_away(make_manager: MakeManager) -> None:
@@ -348,8 +346,11 @@ def test_threads_of_a_burst_go_though_one_peer_stays_away(make_manager: MakeMana
     assert blacklisted(manager) == {OTHER}
 
 
-def test_teardown_waits_for_a_probe_that_is_about_to_return(make_manager: MakeManager) -> None:
+def test_teardown_waits_for_a_probe_that_is_about_to_return(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thread that returns from Mooncake while the interpreter shuts down aborts the process."""
+    monkeypatch.setattr(conn, "_STOP_GRACE_S", 2.5)  # in place of 0.2 s: however slow the machine
     engine = Engine()
     returned = threading.Event()
 
@@ -361,7 +362,7 @@ def test_teardown_waits_for_a_probe_that_is_about_to_return(make_manager: MakeMa
     engine.probe[D] = returns_soon
     manager = make_manager(engine)
     blacklist(manager, D)
-    assert engine.asked_something.wait(2)
+    assert engine.asked_something.wait(5)
     manager.teardown()
     assert returned.is_set()
 
@@ -371,6 +372,7 @@ def test_a_session_that_is_let_in_while_the_manager_stops_is_told(
 ) -> None:
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_VERIFY", "0")
+    monkeypatch.setattr(conn, "_STOP_GRACE_S", 2.5)
     caplog.set_level(logging.INFO)
     engine = Engine()
     manager = make_manager(engine)
@@ -412,7 +414,7 @@ def test_a_pass_starts_no_more_probes_once_the_manager_is_being_torn_down() -> N
     assert wait_until(lambda: len(engine.asked) == 12)
     manager._failed_session_probe_shutdown.set()
     engine.goes_on.set()
-    one_pass.join(3)
+    one_pass.join(10)
     assert not one_pass.is_alive()
     assert len(engine.asked) == 12, "probes go on while the engine is being torn down"
 
@@ -475,7 +477,7 @@ def test_an_exit_stops_the_probes_first_and_is_not_held_up_by_hung_ones(
     assert ended.returncode == 0, ended.stderr
     match = re.fullmatch(r"stopped after ([\d.]+)\nasked after the stop: (\d+)\n", ended.stdout)
     assert match, ended
-    assert float(match[1]) < 1.0, "a hung peer holds up the exit"
+    assert float(match[1]) < 10.0, "a hung peer holds up the exit"
     assert match[2] == "0", "a probe that returns while the interpreter shuts down aborts the process"
 
 
@@ -542,8 +544,12 @@ def test_a_peer_that_is_there_and_knows_no_probes_is_told_once_by_who_can_probe(
     manager = make_manager(engine)
     blacklist(manager, D)
     began = time.monotonic()
-    assert wait_until(lambda: time.monotonic() > began + 0.5 and len(engine.asked) > 5)
-    assert [line.startswith(f"Session {D} takes connections") for line in caplog.messages].count(True) == times
+
+    def told() -> int:
+        return [line.startswith(f"Session {D} takes connections") for line in caplog.messages].count(True)
+
+    assert wait_until(lambda: told() >= times and time.monotonic() > began + 0.5 and len(engine.asked) > 5)
+    assert told() == times
     assert blacklisted(manager) == {D}
 
 
@@ -861,7 +867,7 @@ def test_the_loop_stops_when_an_event_is_set_that_somebody_held_before_it_ran() 
     loop.start()
     assert wait_until(lambda: hasattr(manager, "_failed_session_prober"))
     event.set()
-    loop.join(2)
+    loop.join(10)
     assert not loop.is_alive()
 
 
@@ -885,7 +891,7 @@ def test_a_manager_that_was_stopped_before_the_blacklist_is_swapped_stays_stoppe
 ) -> None:
     monkeypatch.setenv(ENABLE, "1")
     manager = patched(NativeManager)(Engine(), "prefill", stopped=True)
-    assert wait_until(lambda: not threads("MooncakeFailedSessionProbe"), 1.0)
+    assert wait_until(lambda: not threads("MooncakeFailedSessionProbe"))
     manager.teardown()
 
 

@@ -18,7 +18,7 @@ from fake_engine import REFUSED, Engine, raises
 from managers import ENABLE, OTHER, SOME_MEMORY, D, MakeManager, blacklist, blacklisted, many, send, wait_until
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
-from sglang.srt.disaggregation.mooncake import failed_sessions
+from sglang.srt.disaggregation.mooncake import conn, failed_sessions
 from sglang.srt.observability import failed_session_metrics
 
 RECOVERIES = "sglang:failed_session_recoveries_total"
@@ -169,7 +169,10 @@ def test_each_result_of_a_probe_is_counted_and_how_long_probes_take(
     assert metrics.grown(f"{PROBE_DURATION}_sum") < 0.1 * probes
 
 
-def test_probes_that_end_together_are_counted_one_by_one(make_manager: MakeManager, metrics: Metrics) -> None:
+def test_probes_that_end_together_are_counted_one_by_one(
+    make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conn, "_STOP_GRACE_S", 2.5)  # in place of 0.2 s: all of them are heard
     engine = Engine(probe=REFUSED)
     manager = make_manager(engine)
     blacklist(manager, *many(40))

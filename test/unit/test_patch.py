@@ -96,7 +96,7 @@ def prefill():
 def heals(manager):
     with manager.session_lock:
         manager.failed_sessions.add("decode:7001")
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 10
     while manager.failed_sessions and time.monotonic() < deadline:
         time.sleep(0.005)
     return not manager.failed_sessions
@@ -238,6 +238,8 @@ assert vars(environ.Envs) == environ.ORIGINAL
 NATIVE_CONN = """
 import collections, threading
 
+runs = threading.Semaphore(0)
+
 class MooncakeKVManager:
     def __init__(self, args, disaggregation_mode):
         from sglang.srt.distributed.device_communicators import mooncake_transfer_engine
@@ -251,6 +253,7 @@ class MooncakeKVManager:
 
     def _failed_session_probe_loop(self):
         print("the native loop runs", flush=True)
+        runs.release()
         self._failed_session_probe_shutdown.wait()
 
 ORIGINAL = dict(vars(MooncakeKVManager))
@@ -267,7 +270,8 @@ def test_a_native_probe_thread_runs_our_loop_and_stays_the_only_one(story: Story
 
 def test_where_the_patch_does_not_fit_a_native_probe_goes_on_as_before(story: Story) -> None:
     lines = story(
-        "activate(); prefill(); time.sleep(0.1); assert probe_threads() == 1; assert is_sglangs_own()",
+        "activate(); prefill(); assert conn().runs.acquire(timeout=10)\n"
+        "assert probe_threads() == 1; assert is_sglangs_own()",
         {CONN_FILE: NATIVE_CONN.replace("set()", "{}")},
     )
     assert "the native loop runs" in lines

@@ -40,14 +40,19 @@ def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once
 
 
 @pytest.mark.parametrize(("late", "verdict"), [("read", Verdict.READABLE_LATE), ("probe", Verdict.READABLE)])
-def test_a_peer_of_which_one_read_has_to_wait_is_readable_late(late: str, verdict: Verdict) -> None:
+def test_a_peer_of_which_one_read_has_to_wait_is_readable_late(
+    late: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others return at once. A probe that waits says nothing of the connections that carry transfers."""
     waits_s = iter([LATE_S])
+    now = 0.0
 
     def wait() -> int:
-        time.sleep(next(waits_s, 0.0))
+        nonlocal now
+        now += next(waits_s, 0.0)
         return 0
 
+    monkeypatch.setattr(session_probe.time, "monotonic", lambda: now)
     engine = Engine(**{late: wait})
     assert reader(engine).verify(D) == (verdict, "")
     assert reader(engine).verify(D) == (Verdict.READABLE, "")
