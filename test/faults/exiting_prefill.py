@@ -113,7 +113,7 @@ def start_probes(manager: Any, plan: Plan) -> None:
         threading.Thread(target=keep_busy, daemon=True).start()
     if plan.failing:
         threading.Thread(target=keep_failing, args=(manager, plan.sessions), daemon=True).start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while (there := in_the_engine(plan.call)) < plan.in_flight:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{there} calls are in the engine, not {plan.in_flight}")

@@ -73,7 +73,7 @@ class Node:
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self.process, self._answers), daemon=True).start()
         try:
-            ready = self._answer(30)
+            ready = self._answer(60)
         except BaseException:
             self.kill()
             raise
@@ -107,10 +107,14 @@ class Node:
         """The peer tells this prefill node its memory."""
         self.ask("register", peer.session, peer.address)
 
-    def blacklist(self, peer: Node) -> None:
-        """Makes one transfer fail for good reason: the peer is stopped meanwhile, and goes on afterwards."""
+    def blacklist(self, peer: Node) -> float:
+        """Makes one transfer fail for good reason: the peer is stopped meanwhile, and goes on afterwards.
+
+        Returns a moment before it goes on.
+        """
         with peer.stopped():
             assert "Failed to send" in self.send_to(peer)
+            return time.monotonic()
 
     def wait_until_served(self, peer: Node, deadline_s: float) -> float:
         """Sends until a transfer goes through; returns the seconds that took. Counts refusals, not failures."""
@@ -121,11 +125,19 @@ class Node:
             time.sleep(0.01)
         return time.monotonic() - began
 
+    def wait_for_recoveries(self, number: int, deadline_s: float = 10) -> None:
+        """Waits until so many are counted: a session is let in first, and then that is counted and told."""
+        began = time.monotonic()
+        while (counted := self.ask("recoveries")) < number:
+            assert time.monotonic() - began < deadline_s, f"{counted} recoveries are counted, not {number}"
+            time.sleep(0.02)
+        assert counted == number, f"{counted} recoveries are counted, not {number}"
+
     def log_text(self) -> str:
         """What SGLang's loggers wrote, without Mooncake's own lines."""
         return "".join(line for line in self.log.open() if " sglang" in line or "Traceback" in line)
 
-    def wait_for_log(self, text: str, deadline_s: float, times: int = 1) -> None:
+    def wait_for_log(self, text: str, deadline_s: float = 10, times: int = 1) -> None:
         """Waits until the log holds the text, so many times."""
         began = time.monotonic()
         while self.log_text().count(text) < times:
@@ -135,7 +147,7 @@ class Node:
     def stop(self) -> None:
         """SIGSTOP; when this returns, no thread runs any more."""
         os.kill(self.process.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while not _stands_still(self.process.pid):  # kill() returns before all threads do
             assert time.monotonic() < deadline, "a stopped process has a thread that runs"
 
@@ -180,8 +192,11 @@ class Node:
 
 
 def _stands_still(pid: int) -> bool:
-    stats = pathlib.Path(f"/proc/{pid}/task").glob("*/stat")
-    return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
+    states = []
+    for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            states.append(stat.read_text().rpartition(")")[2].split()[0])
+    return all(state == "T" for state in states)
 
 
 def serve(role: str, handshake_port: int) -> None:
@@ -261,7 +276,7 @@ def manager_on(handshake_port: int, regions: types.SimpleNamespace, role: str) -
     """
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 
-    deadline = time.monotonic() + 25
+    deadline = time.monotonic() + 50
     while True:
         try:
             manager = MooncakeKVManager(regions, role)

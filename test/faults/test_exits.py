@@ -30,8 +30,9 @@ from node import PYTHON_FOLDER, Node
 PROGRAM = pathlib.Path(__file__).with_name("exiting_prefill.py")
 PROMISED_S = 1.0
 BAR_S = 2.5  # the promise, on a machine with other things to do
+TEARDOWN_BAR_S = 0.5
 SLOW_S = 1.0
-WATCHDOG_S = 15.0
+WATCHDOG_S = 45.0
 SECOND_SIGNAL_AFTER_S = 0.05
 UNDER_LOAD = {"failing": True, "busy": 3, "in_flight": 1}
 AT_A_TIME = 12  # of CONCURRENCY's 16 places, those for peers that may hang
@@ -316,29 +317,39 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peers]:
 def test_a_prefill_ends_cleanly_and_at_once_whatever_its_probes_are_at(
     case: Case, peers: Peers, record_property: Callable[[str, object], None]
 ) -> None:
-    ended = peers.play(case)
-    for name, value in {"exit": case.way, "slow": case.slow, "seconds": ended.seconds, "status": ended.status}.items():
-        record_property(name, value)  # for what is said at the end of the run
-    assert ended.status != -signal.SIGABRT, f"the process aborted on its way out:\n{ended.stderr[-2000:]}"
-    assert "terminate called" not in ended.stderr
-    assert not ended.core_file, "an exit left a core file"
-    assert ended.seconds < BAR_S + SLOW_S * case.slow, f"the exit was held up, {PROMISED_S:g} s are promised"
-    assert ended.status in WAYS[case.way], f"whoever started it sees a crash:\n{ended.stderr[-2000:]}"
-    assert ended.began.get("teardown_s", 0.0) < 0.5, "teardown() was held up"
+    for _ in range(2):  # a machine that stands still for a while holds up one of two, a hung peer both
+        ended = peers.play(case)
+        told = {"exit": case.way, "slow": case.slow, "seconds": ended.seconds, "status": ended.status}
+        for name, value in told.items():
+            record_property(name, value)  # for what is said at the end of the run
+        assert ended.status != -signal.SIGABRT, f"the process aborted on its way out:\n{ended.stderr[-2000:]}"
+        assert "terminate called" not in ended.stderr
+        assert not ended.core_file, "an exit left a core file"
+        assert ended.status in WAYS[case.way], f"whoever started it sees a crash:\n{ended.stderr[-2000:]}"
+        if in_time := is_in_time(ended, case.slow):
+            break
+    assert in_time, f"held up for {ended.seconds:.1f} s, {PROMISED_S:g} s are promised; teardown(): {ended.began}"
+
+
+def is_in_time(ended: Exit, slow: bool = False) -> bool:
+    """True if neither teardown() nor the exit was held up."""
+    return ended.seconds < BAR_S + SLOW_S * slow and ended.began.get("teardown_s", 0.0) < TEARDOWN_BAR_S
 
 
 def test_teardown_with_16_stuck_probes_takes_less_than_half_a_second_and_the_exit_after_it_is_clean(
     peers: Peers, tmp_path: pathlib.Path
 ) -> None:
     room_for_16 = {"SGLANG_FAILED_SESSION_PROBE_CONCURRENCY": "22"}
-    with peers.stopped_decode() as sessions:
-        plan = {"way": "sys.exit", "sessions": sessions, "in_flight": 16, "teardown": True}
-        ended = play(tmp_path / "exit", plan, **room_for_16)
-    assert ended.ready["in_flight"] == 16
-    assert ended.began["teardown_s"] < 0.5, "a switch of the role waits for hung peers"
-    assert "MooncakeFailedSessionProbe" not in ended.began["threads"], "the probe loop goes on after teardown()"
-    assert ended.status in WAYS["sys.exit"], ended.stderr[-2000:]
-    assert ended.seconds < BAR_S
+    for attempt in range(2):  # as above
+        with peers.stopped_decode() as sessions:
+            plan = {"way": "sys.exit", "sessions": sessions, "in_flight": 16, "teardown": True}
+            ended = play(tmp_path / f"exit-{attempt}", plan, **room_for_16)
+        assert ended.ready["in_flight"] == 16
+        assert "MooncakeFailedSessionProbe" not in ended.began["threads"], "the probe loop goes on after teardown()"
+        assert ended.status in WAYS["sys.exit"], ended.stderr[-2000:]
+        if is_in_time(ended):
+            return
+    pytest.fail(f"a switch of the role or an exit waits for hung peers: {ended.seconds:.1f} s, {ended.began}")
 
 
 def test_no_signal_handler_is_installed_while_probes_hang(peers: Peers, tmp_path: pathlib.Path) -> None:

@@ -42,21 +42,21 @@ def test_a_flapping_decode_node_is_held_longer_each_time_and_a_quiet_spell_ends_
             assert not lost or time.monotonic() - lost[-1][1] < 10, f"never let in; log:\n{prefill.log_text()}"
             time.sleep(0.01)
         gaps = [later[1] - earlier[0] for earlier, later in itertools.pairwise(lost)]
-        prefill.wait_for_log("held for", deadline_s=10, times=RELAPSES)
+        prefill.wait_for_log("held for", times=RELAPSES)
         assert holds_in(prefill.log_text()) == HOLDS_S
         for gap, hold_s in zip(gaps[1:], HOLDS_S, strict=False):
             assert gap >= hold_s, f"a request was lost {gap:.2f} s after the last one, not {hold_s} s"
 
         prefill.misbehave("batch_transfer_sync_write", "works")
-        served_s = prefill.wait_until_served(decode, deadline_s=5)
+        served_s = prefill.wait_until_served(decode, deadline_s=10)
         record_fault("flapping", f"{RELAPSES} relapses", lost=RELAPSES, served_after_s=served_s)
-        assert prefill.ask("recoveries") == RELAPSES + 1
+        prefill.wait_for_recoveries(RELAPSES + 1)
 
         quiet_until = time.monotonic() + QUIET_S + 0.5
         while time.monotonic() < quiet_until:
             assert prefill.send_to(decode) == ""
             time.sleep(0.05)
         prefill.ask("fail", [decode.session])
-        prefill.wait_until_served(decode, deadline_s=4)
-        assert prefill.ask("recoveries") == RELAPSES + 2
+        prefill.wait_until_served(decode, deadline_s=10)
+        prefill.wait_for_recoveries(RELAPSES + 2)
         assert holds_in(prefill.log_text()) == HOLDS_S, "held for relapses that a quiet spell had ended"

@@ -39,10 +39,13 @@ def test_a_stopped_decode_node_is_used_again_soon_after_it_goes_on(nodes: tuple[
         assert "Failed to send" in prefill.send_to(decode)
         assert "is not alive" in prefill.send_to(decode)
         assert prefill.ask("blacklisted") == [decode.session]
-    assert prefill.wait_until_served(decode, deadline_s=4) >= 0.5, "let in before it had settled"
+        stopped_until = time.monotonic()
+    prefill.wait_until_served(decode, deadline_s=10)
+    assert time.monotonic() - stopped_until >= 0.5, "let in before it had settled"
 
-    assert prefill.ask("recoveries") == 1
+    prefill.wait_for_recoveries(1)
     assert prefill.ask("failures") == {}
+    prefill.wait_for_log("recovered via probe")
     assert prefill.log_text().count(f"Session {decode.session} recovered via probe; un-blacklisted") == 1
     prefill.ask("fill", 7)
     assert prefill.send_to(decode) == ""
@@ -54,7 +57,7 @@ def test_one_decode_node_heals_on_time_beside_64_that_hang(nodes: tuple[Node, No
     with listeners_that_never_answer(64) as hung:
         prefill.ask("fail", hung)
         prefill.blacklist(decode)
-        prefill.wait_until_served(decode, deadline_s=4)
+        prefill.wait_until_served(decode, deadline_s=10)
         assert prefill.ask("blacklisted") == sorted(hung)
 
 
@@ -94,8 +97,9 @@ def test_teardown_with_stuck_probes_is_quick_and_leaves_no_probe_loop(nodes: tup
     prefill, _ = nodes
     with listeners_that_never_answer(16) as hung:
         prefill.ask("fail", hung)
-        prefill.wait_for_log("Starting failed-session probe loop (interval=30.0s)", deadline_s=5)
-        assert prefill.ask("teardown") < 0.5
+        prefill.wait_for_log("Starting failed-session probe loop (interval=30.0s)")
+        # Hung probes last a minute, and teardown() gives up on a loop that does not stop after 3 s.
+        assert prefill.ask("teardown") < 2.5, "teardown() was held up"
         assert "MooncakeFailedSessionProbe" not in prefill.ask("threads")
 
 
@@ -108,7 +112,7 @@ def test_an_exit_with_probes_in_flight_is_clean_and_not_held_up(nodes: tuple[Nod
         prefill.process.stdin.write('["exit", 0]\n')
         prefill.process.stdin.flush()
         assert prefill.process.wait(timeout=20) == 0, prefill.log.read_text()[-2000:]
-        assert time.monotonic() - began < 3, "an exit waited for hung peers"
+        assert time.monotonic() - began < 15, "an exit waited for hung peers"  # a minute; test_exits.py has the bar
 
 
 @pytest.fixture
@@ -136,8 +140,9 @@ def test_a_decode_node_behind_a_broken_network_is_used_again_when_it_heals(
         assert "Failed to send" in prefill.send_to(decode)
         time.sleep(3)
         assert "is not alive" in prefill.send_to(decode)
-    prefill.wait_until_served(decode, deadline_s=6)
-    assert prefill.ask("recoveries") == 1
+    prefill.wait_until_served(decode, deadline_s=12)
+    prefill.wait_for_recoveries(1)
+    assert "without proof" not in prefill.log_text()
 
 
 @needs_network
@@ -151,7 +156,7 @@ def test_no_request_is_lost_to_a_peer_that_answers_and_cannot_transfer(
         while time.monotonic() < until:
             assert "is not alive" in prefill.send_to(decode), "let in though its data port is shut"
             time.sleep(0.05)
-    prefill.wait_until_served(decode, deadline_s=4)
+    prefill.wait_until_served(decode, deadline_s=10)
 
 
 @needs_network
@@ -161,7 +166,7 @@ def test_a_peer_that_cannot_be_verified_is_let_in_slowly_and_said_aloud(
     network, prefill, decode, _, data = far_nodes
     with network.closed(data, "REJECT"):
         assert "Failed to send" in prefill.send_to(decode)
-        prefill.wait_for_log("was let in on probation without proof", deadline_s=8 + 4)
+        prefill.wait_for_log("was let in on probation without proof", deadline_s=8 + 10)
         assert "reading its memory gave -1" in prefill.log_text()
         assert "Failed to send" in prefill.send_to(decode), "the data port is shut"
-        prefill.wait_for_log("held for 1s", deadline_s=2)
+        prefill.wait_for_log("held for 1s")

@@ -60,37 +60,39 @@ def test_a_probe_that_hung_during_a_registration_does_not_answer_for_a_later_fai
     with pair(tmp_path, **{SETTLE: "0", VERIFY: "off"}) as (prefill, decode):
         with decode.stopped():
             assert "Failed to send" in prefill.send_to(decode)
-            wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 5, "a probe that hangs")
+            wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 10, "a probe that hangs")
             register_and_fail_again(prefill, decode)
             assert prefill.calls("send_probe", decode.session) == (1, 0), "two probes of one peer at a time"
             prefill.misbehave("send_probe", "gives", REFUSED)  # the one that hangs is Mooncake's still
-        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] >= 2, 5, "the old answer and a new one")
+        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] >= 2, 10, "the old answer and a new one")
         assert_stays_out(prefill, 1.5)
         prefill.misbehave("send_probe", "works")
-        served_s = prefill.wait_until_served(decode, deadline_s=5)
-        assert prefill.ask("recoveries") == 1
+        served_s = prefill.wait_until_served(decode, deadline_s=10)
+        prefill.wait_for_recoveries(1)
         record_fault("registration", "during a probe that hangs", lost=0, served_after_s=served_s)
 
 
 def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failure_settles_anew(
     tmp_path: pathlib.Path, record_fault: RecordFault
 ) -> None:
-    with pair(tmp_path, **{SETTLE: "2"}) as (prefill, decode):
+    with pair(tmp_path, **{SETTLE: "4"}) as (prefill, decode):
         prefill.ask("fail", [decode.session])
-        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 1, 5, "a first answer")
+        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 1, 10, "a first answer")
         prefill.register(decode)
         assert prefill.ask("blacklisted") == []
-        time.sleep(2.5)
+        time.sleep(4.5)
         assert prefill.ask("recoveries") == 0, "a registration was counted as a recovery"
         assert prefill.calls("send_probe", decode.session) == (1, 1), "still asked after it had registered"
         assert prefill.send_to(decode) == ""
 
         prefill.ask("fail", [decode.session])
-        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 2, 5, "a first answer")
+        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 2, 10, "a first answer")
         time.sleep(1.5)
+        answered_until = time.monotonic()
         register_and_fail_again(prefill, decode)
-        served_s = prefill.wait_until_served(decode, deadline_s=6)
-        assert served_s >= 1.9, f"let in after {served_s:.1f} s: it had not settled since the newest failure"
+        served_s = prefill.wait_until_served(decode, deadline_s=4 + 10)
+        settled_s = time.monotonic() - answered_until
+        assert settled_s >= 4, f"let in after {settled_s:.1f} s: it had not settled since the newest failure"
         assert "held for" not in prefill.log_text()
         record_fault("registration", "while it settles", lost=0, served_after_s=served_s)
 
@@ -99,19 +101,20 @@ def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failu
 def test_a_verification_that_hung_during_a_registration_does_not_answer_for_a_later_failure(
     tmp_path: pathlib.Path, record_fault: RecordFault
 ) -> None:
-    with Network() as network, pair(tmp_path, network.path, **{SETTLE: "0.1"}) as (prefill, decode):
+    patient = {SETTLE: "0.1", "MC_TRANSFER_TIMEOUT": "30"}
+    with Network() as network, pair(tmp_path, network.path, **patient) as (prefill, decode):
         (data,) = set(network.listening_ports(decode.process.pid)) - {int(decode.session.rpartition(":")[2])}
         with network.closed(data, "DROP"):
             prefill.ask("fail", [decode.session])
-            wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (1, 0), 5, "a read that hangs")
+            wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (1, 0), 10, "a read that hangs")
             register_and_fail_again(prefill, decode)
             prefill.misbehave("send_probe", "gives", REFUSED)
         # Each of the four came back with 0, or there were fewer: the old verification found the memory readable.
-        wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (4, 4), 8, "four good reads")
+        wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (4, 4), 25, "four good reads")
         assert_stays_out(prefill, 1.5)
         prefill.misbehave("send_probe", "works")
-        served_s = prefill.wait_until_served(decode, deadline_s=5)
-        assert prefill.ask("recoveries") == 1
+        served_s = prefill.wait_until_served(decode, deadline_s=10)
+        prefill.wait_for_recoveries(1)
         record_fault("registration", "during a verification that hangs", lost=0, served_after_s=served_s)
 
 
@@ -120,16 +123,16 @@ def test_a_registration_on_probation_makes_the_next_failure_a_first_one(
 ) -> None:
     with pair(tmp_path, SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S="300") as (prefill, decode):
         prefill.ask("fail", [decode.session])
-        prefill.wait_until_served(decode, deadline_s=4)
+        prefill.wait_until_served(decode, deadline_s=10)
         prefill.ask("fail", [decode.session])
-        prefill.wait_for_log("held for 1s", deadline_s=2)
-        prefill.wait_until_served(decode, deadline_s=5)
-        assert prefill.ask("recoveries") == 2
+        prefill.wait_for_log("held for 1s")
+        prefill.wait_until_served(decode, deadline_s=10)
+        prefill.wait_for_recoveries(2)
 
         prefill.register(decode)
         assert prefill.ask("recoveries") == 2, "a registration is no recovery"
         prefill.ask("fail", [decode.session])
-        served_s = prefill.wait_until_served(decode, deadline_s=4)
-        assert prefill.ask("recoveries") == 3
+        served_s = prefill.wait_until_served(decode, deadline_s=10)
+        prefill.wait_for_recoveries(3)
         assert prefill.log_text().count("held for") == 1, "held for relapses from before the registration"
         record_fault("registration", "on probation", lost=0, served_after_s=served_s)

@@ -61,12 +61,12 @@ def test_probes_that_raise_hang_or_give_nonsense_let_nobody_in_and_hold_up_nobod
     prefill, decode = nodes
     strange = strange_sessions(prefill, decode, "send_probe", [*RAISING, *WRONG_ANSWERS, ("hangs", None)])
     prefill.ask("fail", [*strange, decode.session])
-    served_s = prefill.wait_until_served(decode, deadline_s=4)
+    served_s = prefill.wait_until_served(decode, deadline_s=10)
     record_fault("strange probes", f"{len(strange)} of them", lost=0, served_after_s=served_s)
 
     time.sleep(INTERVAL_S + 0.5)
     assert prefill.ask("blacklisted") == sorted(strange), "let in on a wrong answer"
-    assert prefill.ask("recoveries") == 1
+    prefill.wait_for_recoveries(1)
     assert PROBE_LOOP in prefill.ask("threads")
     for session, (how, value) in strange.items():
         asked, _ = prefill.calls("send_probe", session)
@@ -79,9 +79,9 @@ def test_probes_that_raise_hang_or_give_nonsense_let_nobody_in_and_hold_up_nobod
     hung = [session for session, (how, _) in strange.items() if how == "hangs"]
     for session in strange:
         prefill.misbehave("send_probe", "works", None, session)
-    wait_until_blacklist_is(prefill, hung, deadline_s=8)
+    wait_until_blacklist_is(prefill, hung, deadline_s=20)
     prefill.blacklist(decode)
-    prefill.wait_until_served(decode, deadline_s=4)
+    prefill.wait_until_served(decode, deadline_s=10)
 
 
 def test_an_engine_that_is_strange_altogether_heals_its_sessions_as_soon_as_it_works(
@@ -95,7 +95,7 @@ def test_an_engine_that_is_strange_altogether_heals_its_sessions_as_soon_as_it_w
         assert prefill.ask("blacklisted") == [decode.session], f"let in by a probe that {how} {value}"
         assert PROBE_LOOP in prefill.ask("threads")
         prefill.misbehave("send_probe", "works")
-        served_s = prefill.wait_until_served(decode, deadline_s=5)
+        served_s = prefill.wait_until_served(decode, deadline_s=10)
         record_fault("strange engine", f"send_probe {how} {value}", lost=0, served_after_s=served_s)
         prefill.register(decode)  # the next failure is a first one again
     assert prefill.log_text().count("Probing session") == 2, "said once for each outage"
@@ -107,22 +107,22 @@ def test_reads_that_raise_or_give_nonsense_let_in_after_interval_and_the_log_say
 ) -> None:
     prefill, decode = nodes
     strange = strange_sessions(prefill, decode, "transfer_sync_read", [*RAISING, ("gives", -1), *WRONG_ANSWERS])
-    prefill.ask("fail", [*strange, decode.session])
     failed_at = time.monotonic()
-    served_s = prefill.wait_until_served(decode, deadline_s=4)
+    prefill.ask("fail", [*strange, decode.session])
+    served_s = prefill.wait_until_served(decode, deadline_s=10)
     record_fault("strange reads", f"{len(strange)} of them", lost=0, served_after_s=served_s)
 
-    while time.monotonic() - failed_at < INTERVAL_S - 0.5:
-        assert prefill.ask("blacklisted") == sorted(strange), "let in though its memory could not be read"
+    while prefill.ask("blacklisted") == sorted(strange):
+        assert time.monotonic() - failed_at < INTERVAL_S + 15, "they answer and are never let in"
         time.sleep(0.02)
-    while prefill.ask("blacklisted"):
-        waited_s = time.monotonic() - failed_at
-        assert waited_s < INTERVAL_S + 7, f"they answer and are never let in: {prefill.ask('blacklisted')}"
-        time.sleep(0.02)
-    assert prefill.ask("recoveries") == 1 + len(strange)
+    assert time.monotonic() - failed_at >= INTERVAL_S, "let in though its memory could not be read"
+    wait_until_blacklist_is(prefill, [], deadline_s=20)
+    prefill.wait_for_recoveries(1 + len(strange))
+    prefill.wait_for_log("was let in on probation", times=len(strange))
     for session, (how, value) in strange.items():
         (warning,) = [line for line in prefill.log_text().splitlines() if f"{session} was let in on probation" in line]
         assert f"reading its memory {'raised ' + value if how == 'raises' else f'gave {value!r}'}" in warning
+    assert f"{decode.session} was let in on probation" not in prefill.log_text(), "strange reads held up others"
     assert "Traceback" not in prefill.log_text()
 
 
@@ -137,19 +137,19 @@ def test_reads_that_never_return_hold_up_others_for_the_interval_at_most(
         prefill.ask("fail", [session])
         wait_until_read(prefill, session)
     prefill.ask("fail", [decode.session])
-    served_s = prefill.wait_until_served(decode, deadline_s=INTERVAL_S + 4)
+    served_s = prefill.wait_until_served(decode, deadline_s=INTERVAL_S + 10)
     record_fault("reads that never return", f"{hanging} of them", lost=0, served_after_s=served_s)
     if hanging == 4:
-        prefill.wait_for_log(f"{decode.session} was let in on probation without proof", deadline_s=2)
+        prefill.wait_for_log(f"{decode.session} was let in on probation without proof")
         assert "other verifications took all the time" in prefill.log_text()
     else:
-        prefill.wait_for_log(f"Session {decode.session} recovered", deadline_s=2)
+        prefill.wait_for_log(f"Session {decode.session} recovered")
         assert "without proof" not in prefill.log_text()
     assert prefill.ask("blacklisted") == sorted(strange)
 
 
 def wait_until_read(prefill: Node, session: str) -> None:
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 20
     while prefill.calls("transfer_sync_read", session)[0] == 0:
         assert time.monotonic() < deadline, f"the memory of {session} is not read; log:\n{prefill.log_text()}"
         time.sleep(0.02)
@@ -159,9 +159,9 @@ def test_where_mooncake_cannot_read_the_handshake_decides(nodes: tuple[Node, Nod
     prefill, decode = nodes
     prefill.misbehave("transfer_sync_read", "lacks")
     prefill.blacklist(decode)
-    served_s = prefill.wait_until_served(decode, deadline_s=4)
+    served_s = prefill.wait_until_served(decode, deadline_s=10)
     record_fault("strange engine", "cannot read", lost=0, served_after_s=served_s)
-    assert prefill.ask("recoveries") == 1
+    prefill.wait_for_recoveries(1)
     assert "without proof" not in prefill.log_text()
 
 
@@ -197,11 +197,11 @@ def test_what_is_no_session_id_is_never_handed_to_mooncake_and_said_once(
     prefill, decode = nodes
     prefill.misbehave("send_probe", "works")
     prefill.ask("fail", [*MALFORMED, decode.session])
-    served_s = prefill.wait_until_served(decode, deadline_s=4)
+    served_s = prefill.wait_until_served(decode, deadline_s=10)
     record_fault("malformed session ids", f"{len(MALFORMED)} of them", lost=0, served_after_s=served_s)
     prefill.ask("fail", MALFORMED)
     prefill.ask("fail", [decode.session])
-    prefill.wait_until_served(decode, deadline_s=5)
+    prefill.wait_until_served(decode, deadline_s=10)
 
     assert set(prefill.ask("calls", "send_probe")) == {decode.session}
     assert prefill.ask("blacklisted") == sorted(MALFORMED)

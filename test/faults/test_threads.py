@@ -495,7 +495,7 @@ def test_no_session_is_lost_while_many_threads_use_the_blacklist(
     passes.stop(within_s=20)
     wait_until(lambda: all_let_in(record), 30, "sessions whose peers are well stay out for good")
     record.assert_right()
-    wait_until(lambda: told.recoveries + told.drops == record.taken_off, 5, "what was let in is not told")
+    wait_until(lambda: told.recoveries + told.drops == record.taken_off, 20, "what was let in is not told")
     print(
         f"\nseed {SEED}: {under_stress}. {record.blacklisted} blacklistings = {record.registered} registrations "
         f"+ {told.recoveries} recoveries + {told.drops} drops. {manager.session_lock.holds}"
@@ -523,9 +523,10 @@ def test_a_teardown_amid_the_traffic_ends_the_questions_and_late_answers_change_
     wait_until(lambda: told.recoveries >= 5 and manager.engine.probes >= 500, 30, "nobody is healed")
     manager.teardown()
     record.assert_right()
-    probes, taken_off = manager.engine.probes, record.taken_off
+    taken_off = record.taken_off
+    most_probes = manager.engine.probes + manager.failed_sessions.in_flight()  # some may only be about to begin
     time.sleep(0.5)
-    assert manager.engine.probes == probes, "peers are asked while the engine is being torn down"
+    assert manager.engine.probes <= most_probes, "peers are asked while the engine is being torn down"
     manager.engine.heal()
     wait_until(lambda: workers() <= workers_before, 10, "threads are left behind")
     traffic.stop(within_s=20)
@@ -581,11 +582,11 @@ def come_and_go(manager: Any) -> None:
         with manager.session_lock:
             manager.session_failures[session] += 1
             manager.failed_sessions.add(session)
-    wait_until(lambda: manager.engine.probes >= 12, 5, "nobody is asked")
+    wait_until(lambda: manager.engine.probes >= 12, 20, "nobody is asked")
     one_by_one(manager)
     assert not len(manager.failed_sessions)
     manager.engine.heal()
     with manager.session_lock:
         manager.failed_sessions.add(LAST)
-    wait_until(lambda: not len(manager.failed_sessions), 10, "a session fails after 10,000 others and stays out")
+    wait_until(lambda: not len(manager.failed_sessions), 30, "a session fails after 10,000 others and stays out")
     manager.teardown()
