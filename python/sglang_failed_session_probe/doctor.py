@@ -499,7 +499,10 @@ def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]
     if not files:
         return f"{_PTH} is not there", _REINSTALL if _is_installed() else _INSTALL
     if f"{_PTH}:" in child.stderr:
-        return f"{files[0] / _PTH} fails: {child.stderr.strip().splitlines()[-3:][0].strip()}", _REINSTALL
+        why = child.stderr.strip().splitlines()[-3:][0].strip()
+        lacks = re.search(r"No module named '(\w+)'", why)
+        repair = f"pip install {lacks.group(1)}" if lacks and lacks.group(1) != _PACKAGE else _REINSTALL
+        return f"{files[0] / _PTH} fails: {why}", repair
     return f"{files[0]} is no folder whose .pth files this Python reads", _INSTALL
 
 
@@ -511,16 +514,37 @@ def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
     counts = ("without it recoveries are not counted", _PARTLY)
     if points and points.has("native probe"):
         counts = ("SGLang's own MooncakeKVManager needs it", _STOPS)
-    for name, (why, effect) in {
-        "wrapt": ("without it the patch cannot be put into SGLang", _NO_PROBE),
-        "prometheus_client": counts,
-    }.items():
+    needed = {
+        "wrapt": ("register_post_import_hook", "without it the patch cannot be put into SGLang", _NO_PROBE),
+        "prometheus_client": ("Counter", *counts),
+    }
+    for name, (attribute, why, effect) in needed.items():
         distribution = name.replace("_", "-")
         if importlib.util.find_spec(name) is None:
             yield Line("error", name, f"{name} is not installed: {why}", f"pip install {distribution}", effect)
+            continue
+        try:
+            getattr(importlib.import_module(name), attribute)
+        except Exception as problem:
+            finding = f"{name} is here and cannot be used ({problem}): {why}"
+            yield Line("error", name, finding, f"pip install --force-reinstall {distribution}", effect)
         else:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                yield Line("ok", name, importlib.metadata.version(distribution))
+            yield _library_line(name, distribution)
+
+
+def _library_line(name: str, distribution: str) -> Line:
+    """The release of a library that can be used, beside the oldest that our package asks for."""
+    try:
+        release = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return Line("ok", name, "can be imported")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for required in importlib.metadata.requires(_DISTRIBUTION) or ():
+            oldest = re.fullmatch(rf"{distribution}>=([\d.]+)", required)
+            if oldest and not _at_least(release, oldest.group(1)):
+                finding = f"{release}, which is older than what this package is made for"
+                return Line("warning", name, finding, f"pip install '{required}'")
+    return Line("ok", name, release)
 
 
 # Settings.

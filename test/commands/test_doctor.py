@@ -356,6 +356,27 @@ def test_no_wrapt(made: Make) -> None:
     assert report.errors == ["wrapt"]
     assert report.verdict.startswith(f"{WILL_NOT}wrapt is not installed")
     assert "No module named 'wrapt'" in report.line(".pth file")["finding"]
+    assert report.line(".pth file")["do"] == "pip install wrapt"
+
+
+@pytest.mark.parametrize("broken", ["", "raise OSError('made for another Python')"])
+def test_a_wrapt_that_cannot_be_used(broken: str, made: Make) -> None:
+    here = made(SGLANG, MOONCAKE, PROMETHEUS)
+    here.add("wrapt/__init__.py", broken)
+    report = here.doctor(**ON)
+    assert report.errors == ["wrapt"]
+    assert report.verdict.startswith(f"{WILL_NOT}wrapt is here and cannot be used (")
+    assert report.line("wrapt")["do"] == "pip install --force-reinstall wrapt"
+
+
+def test_a_wrapt_that_is_older_than_ours_asks_for(made: Make) -> None:
+    here = made(SGLANG, MOONCAKE, PROMETHEUS)
+    here.add("wrapt/__init__.py", "def register_post_import_hook(*arguments): pass\n")
+    here.add("wrapt-1.14.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: wrapt\nVersion: 1.14.1\n")
+    report = here.doctor(**ON)
+    assert (report.status, report.verdict) == (0, WILL_PROBE)
+    assert report.line("wrapt")["mark"] == "warning"
+    assert report.line("wrapt")["do"] == "pip install 'wrapt>=1.15'"
 
 
 def test_no_prometheus_client(made: Make) -> None:
