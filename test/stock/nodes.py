@@ -267,7 +267,7 @@ def counts(prefill: Node, recoveries: float, deadline_s: float = 10.0) -> bool:
     return prefill.ask("counter")["value"] == recoveries
 
 
-def recovers(prefill: Node, session: str, deadline_s: float = 5.0) -> bool:
+def recovers(prefill: Node, session: str, deadline_s: float = 15.0) -> bool:
     """Wait until the session is off the blacklist; False if it is not by the deadline."""
     deadline = time.monotonic() + deadline_s
     while is_blacklisted(prefill, session):

@@ -111,17 +111,16 @@ def assert_refused(sent: Sent) -> None:
     assert "is not alive" in sent.reason, f"a request was let through to fail while the fault lasted: {sent}"
 
 
-def assert_next_request_is_served(prefill: Node, decode: Node, recovered_within_s: float) -> None:
-    assert recovers(prefill, decode.session, recovered_within_s), "still refused though the fault is over"
+def assert_next_request_is_served(prefill: Node, decode: Node, held_s: float = 0.0) -> None:
+    """Takes a second and the hold; where the machine stalls and a read fails of it, the next one is 5 s later."""
+    assert recovers(prefill, decode.session, held_s + 15), "still refused though the fault is over"
     assert is_served(prefill, decode), "the first request after the recovery was lost"
 
 
-# The fault, and by when the session is to be used again after it: a probe that found packets dropped ends after 5 s.
-Fault = Callable[[Network, Node], AbstractContextManager[object]]
-FAULTS: dict[str, tuple[Fault, float]] = {
-    "decode stopped": (lambda network, decode: stopped(decode), 4),
-    "all packets dropped": (lambda network, decode: rule(network, "-j", "DROP"), 10),
-    "all connections rejected": (lambda network, decode: rule(network, "-p", "tcp", *RESET), 10),
+FAULTS: dict[str, Callable[[Network, Node], AbstractContextManager[object]]] = {
+    "decode stopped": lambda network, decode: stopped(decode),
+    "all packets dropped": lambda network, decode: rule(network, "-j", "DROP"),
+    "all connections rejected": lambda network, decode: rule(network, "-p", "tcp", *RESET),
 }
 
 
@@ -129,14 +128,13 @@ FAULTS: dict[str, tuple[Fault, float]] = {
 def test_the_next_request_is_served_after_a_fault_of_10_s(
     prefill: Node, decode: Node, network: Network, fault: str
 ) -> None:
-    strike, recovered_within_s = FAULTS[fault]
     lost, refused = hand_over(prefill, decode), hand_over(prefill, decode)
-    with strike(network, decode):
+    with FAULTS[fault](network, decode):
         over_at = time.monotonic() + FAULT_S
         assert_lost_to_the_fault(send(prefill, lost))
         time.sleep(max(0.0, over_at - time.monotonic()))
         assert_refused(send(prefill, refused))
-    assert_next_request_is_served(prefill, decode, recovered_within_s)
+    assert_next_request_is_served(prefill, decode)
 
 
 def test_no_request_is_let_through_to_a_data_port_that_rejects_while_the_handshake_answers(
@@ -147,8 +145,7 @@ def test_no_request_is_let_through_to_a_data_port_that_rejects_while_the_handsha
         assert_lost_to_the_fault(send(prefill, hand_over(prefill, decode)))
         while time.monotonic() < over_at:
             assert_refused(send(prefill, hand_over(prefill, decode)))
-    # It takes a second; but a read that half a second's stall made slow is not tried again for five.
-    assert_next_request_is_served(prefill, decode, recovered_within_s=15)
+    assert_next_request_is_served(prefill, decode)
 
 
 def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
@@ -160,7 +157,7 @@ def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
         with network.rejected(handshake_port, data_port):
             sent_at = time.monotonic()  # before the failure: nothing in between makes the hold look shorter
             assert_lost_to_the_fault(send(prefill, lost))
-        assert_next_request_is_served(prefill, decode, recovered_within_s=hold_s + 4)
+        assert_next_request_is_served(prefill, decode, hold_s)
         assert time.monotonic() - sent_at > hold_s, "let in again too soon"
     holds = [line.rpartition(" ")[2] for line in prefill.records(HELD)[said_before:]]
     assert holds == ["1s", "2s", "4s"]
@@ -178,7 +175,7 @@ def test_late_bytes_of_a_failed_request_have_landed_before_the_next_one_is_serve
     with rule(network, "-j", "DROP"):
         assert_lost_to_the_fault(send(prefill, failed, pages=PAGES))
         time.sleep(max(0.0, sent_at + BYTES_ARE_STILL_UNDER_WAY_S - time.monotonic()))
-    assert recovers(prefill, decode.session, deadline_s=10)
+    assert recovers(prefill, decode.session)
     landed = decode.ask("digest", pages=PAGES)
     time.sleep(max(0.0, sent_at + ALL_BYTES_HAVE_LANDED_S - time.monotonic()))
     assert decode.ask("digest", pages=PAGES) == landed, "they would have landed on the next request's pages"
@@ -213,4 +210,4 @@ def test_an_answer_to_a_probe_from_before_a_registration_does_not_end_a_later_fa
             silence.close()  # the answer comes now; whoever asks from now on is refused
             wait_for(packets, "nobody was asked after the answer had come")
             assert is_blacklisted(prefill, decode.session), "let in by an answer older than the newest failure"
-    assert_next_request_is_served(prefill, decode, recovered_within_s=4)
+    assert_next_request_is_served(prefill, decode)
