@@ -16,17 +16,18 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
-from sglang.srt.disaggregation.mooncake.failed_sessions import LONGEST_ROUND_S, Event, FailedSessions, Question, Verdict
+from sglang.srt.disaggregation.mooncake.probe_schedule import Call
+from sglang.srt.disaggregation.mooncake.session_states import Verdict
+from sglang.srt.disaggregation.mooncake.session_watch import Event, SessionWatch
 from sglang.srt.environ import FailedSessionProbeSettings
 
 # As measured on real Mooncake over TCP.
 ANSWER_S = 0.0003
 REFUSAL_S = 0.0001
-VERIFICATION_S = 0.002
+READS_S = 0.002
 SILENCE_S = 60.0  # a probe of a stopped peer
 UNREACHABLE_S = 5.0  # a probe whose packets are dropped
 SYN_AGAIN_S = (1.0, 3.0)  # after these times the kernel tries to connect once more
-ROUND_S_PER_SESSION = 0.0005  # of the daemon thread, as in conn.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ class OurRank(Rank):
     def __init__(self, number: int, scenario: Scenario, decodes: int, heard: Heard) -> None:
         super().__init__(number, scenario, decodes, heard)
         self._next_round = float("inf")
-        self.sessions = FailedSessions(
+        self.watch = SessionWatch(
             FailedSessionProbeSettings(),
             clock=lambda: self.now,
             jitter=self.random.random,
@@ -178,7 +179,7 @@ class OurRank(Rank):
         self._decodes = {name: decode for decode, name in enumerate(self._names)}
 
     def blacklist(self, decode: int) -> None:
-        self.sessions.add(self._names[decode])
+        self.watch.sessions.add(self._names[decode])
 
     def _round_at(self, moment: float) -> None:
         if moment < self._next_round:
@@ -189,31 +190,29 @@ class OurRank(Rank):
         if moment != self._next_round:
             return
         self._next_round = float("inf")
-        questions = self.sessions.take_due()
-        together: dict[float, list[tuple[Question, bool]]] = {}  # by the moment at which they come back
-        for question in questions:
-            back_at, answered = self.ask(self._decodes[question.session])
-            if question.verify and answered:
-                back_at += VERIFICATION_S
-            together.setdefault(back_at, []).append((question, answered))
+        together: dict[float, list[tuple[Call, bool]]] = {}  # by the moment at which they come back
+        for call in self.watch.take_due():
+            back_at, answered = self.ask(self._decodes[call.session])
+            if call.read and answered:
+                back_at += READS_S
+            together.setdefault(back_at, []).append((call, answered))
         for back_at, answers in together.items():
             self.at(back_at, self._answers, answers)
         self._note_events()
-        if (due_in := self.sessions.next_due_in()) is not None:
-            self._round_at(self.now + max(due_in, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions))))
+        if (due_in := self.watch.next_due_in()) is not None:
+            self._round_at(self.now + due_in)
 
-    def _answers(self, came: list[tuple[Question, bool]]) -> None:
-        for question, answered in came:
-            if question.verify:
-                self.sessions.verified(question, Verdict.READABLE if answered else Verdict.UNANSWERED)
-            else:
-                self.sessions.answered(question, answered)
+    def _answers(self, came: list[tuple[Call, bool]]) -> None:
+        for call, answered in came:
+            self.watch.answered(call, answered, refused=not answered, reading=call.read and answered)
+            if call.read and answered:
+                self.watch.read(call, Verdict.READABLE)
         self._note_events()
         self._round_at(self.now)
 
     def _note_events(self) -> None:
-        while self.sessions.events:
-            event, session, _ = self.sessions.events.popleft()
+        while self.watch.events:
+            event, session, _ = self.watch.events.popleft()
             if event is Event.RECOVERED:
                 self.let_in(self._decodes[session])
 

@@ -67,7 +67,7 @@ class Manager(manager_process.ManagerProcess):
             self.conn.threading = types.SimpleNamespace(**{**vars(threading), "Lock": TimedLock})
         made = self.make(role, {})
         with_ours = importlib.util.find_spec("sglang_failed_session_probe") is not None
-        if with_ours and role == "prefill" and not hasattr(self.manager.failed_sessions, "take_due"):
+        if with_ours and role == "prefill" and not hasattr(self.manager, "_failed_session_prober"):
             raise RuntimeError("the patch is not active: what is measured would be SGLang as it is")
         if tight:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Mooncake says a line of each failed probe

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
+from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
 from sglang.srt.environ import FailedSessionProbeSettings
 
 CALLS = 20_000
@@ -24,9 +24,9 @@ def sessions(number: int) -> list[str]:
     return [f"10.1.{number // 250}.{number % 250}:15412" for number in range(number)]
 
 
-def ours(blacklisted: int) -> FailedSessions:
-    """Our blacklist; nobody asks its questions, so it stays as it is."""
-    return FailedSessions(FailedSessionProbeSettings(), sessions(blacklisted))
+def ours(blacklisted: int) -> SessionWatch:
+    """The watch over our blacklist; nobody makes its calls, so it stays as it is."""
+    return SessionWatch(FailedSessionProbeSettings(), sessions(blacklisted))
 
 
 def plain(blacklisted: int) -> set[Any]:
@@ -73,14 +73,14 @@ def rows() -> list[dict[str, Any]]:
     rows = []
     for name, (operation, calls) in OPERATIONS.items():
         for blacklisted in (0, 100, 10_000):
-            pair = {"plain": plain(blacklisted), "ours": ours(blacklisted)}
+            watch = ours(blacklisted)
+            pair = {"plain": plain(blacklisted), "ours": watch.sessions}
             timed: dict[str, list[float]] = {which: [] for which in pair}
             for _ in range(ROUNDS):
                 for which, blacklist in pair.items():
                     timed[which].append(nanoseconds(operation, calls, blacklist))
-                    if isinstance(blacklist, FailedSessions):
-                        while blacklist.take_due():  # so that its schedule does not grow over the rounds
-                            pass
+                    while watch.take_due():  # so that its schedule does not grow over the rounds
+                        pass
             differences = [b - a for a, b in zip(timed["plain"], timed["ours"], strict=True)]
             rows.append(
                 {

@@ -3,437 +3,494 @@
     python tools/break_mechanisms.py [WORD ...]     all of them, or those whose name has one of the words
 
 Run it with the python of the environment `engines`. It says which test went red, and exits with 1 if none did.
+test/unit/test_break_mechanisms.py sees that each of them can still be broken as it says here.
 """
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(CHECKOUT / "python"))
+
+from sglang.srt.disaggregation.mooncake import conn, hung_call, session_probe
+from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
+from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
+from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
+from sglang.srt.disaggregation.mooncake.probe_workers import Workers
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads
+from sglang.srt.disaggregation.mooncake.session_states import Session
+from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
+from sglang.srt.observability import failed_session_metrics as metrics
+from sglang.srt.observability.failed_session_log import FailedSessionLog
+from sglang.srt.observability.failed_session_metrics import FailedSessionMetrics
+
 COPIED = ("python", "test", "tools", "pyproject.toml")
-# The rules of the bench are no test of a mechanism, and the bench is not copied.
-NOT_COPIED = ("__pycache__", "test_bench_rules.py")
-FOLDER = "python/sglang/srt/disaggregation/mooncake"
-SESSIONS, PROBE, CONN = (f"{FOLDER}/{name}.py" for name in ("failed_sessions", "session_probe", "conn"))
-METRICS, LOG = (f"python/sglang/srt/observability/failed_session_{name}.py" for name in ("metrics", "log"))
-UNIT = "test/unit"
-METRICS_TESTS, LOG_TESTS, CONN_TESTS, SESSIONS_TESTS, PROBE_TESTS = (
-    f"{UNIT}/test_{name}.py" for name in ("metrics", "log", "conn", "failed_sessions", "session_probe")
+# The rules of the bench are no test of a mechanism, and the bench is not copied; this file's own test is none either.
+NOT_COPIED = ("__pycache__", "test_bench_rules.py", "test_break_mechanisms.py")
+UNIT, FAULTS = "test/unit", "test/faults"
+CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG_CALL_TESTS, WORKER_TESTS = (
+    f"{UNIT}/test_{name}.py"
+    for name in ("conn", "exit", "metrics", "log", "patch", "session_probe", "hung_call", "probe_workers")
 )
 DEADLINE_S = 600.0
 
 
 class Break(NamedTuple):
-    """One mechanism, how it is switched off, and the tests of which one must go red."""
+    """One mechanism, the function that has it, how it is switched off there, and tests of which one must go red."""
 
     mechanism: str
-    file: str
+    function: Any
     before: str
     after: str
     tests: str = UNIT
 
+    def broken(self) -> tuple[pathlib.Path, str]:
+        """The file of the function, from the top of the checkout, and its text with the mechanism switched off.
+
+        Raises ValueError if the function does not hold what is to be replaced exactly once.
+        """
+        function = inspect.unwrap(getattr(self.function, "fget", self.function))
+        file = pathlib.Path(inspect.getsourcefile(function) or "")
+        lines, first = inspect.getsourcelines(function)
+        source = "".join(lines)
+        if source.count(self.before) != 1:
+            found = f"{function.__qualname__} has {self.before!r} {source.count(self.before)} times, not once"
+            raise ValueError(f"{self.mechanism}: {found}")
+        text = file.read_text().splitlines(keepends=True)
+        text[first - 1 : first - 1 + len(lines)] = source.replace(self.before, self.after)
+        return file.relative_to(CHECKOUT), "".join(text)
+
 
 BREAKS = [
-    Break("generation check", SESSIONS, "if record.generation != question.generation:", "if False:"),
+    # One session, in the order of session_states.py.
+    Break("relapses are counted", Session.failed, "self.relapses += 1", "pass"),
+    Break("a failure makes answers before it void", Session.failed, "self.answered_since: Optional[float] = None", ""),
+    Break("gap grows with the outage", Session._gap_s, "share_of_outage * (now - self.failed_at)", "0.0"),
     Break(
-        "generation check, on a plain set",
-        CONN,
-        " and failures.get(session) is counts[session]",
+        "half a second between probes at most",
+        Session._gap_s,
+        "(now - self.failed_at)), most_s)",
+        "(now - self.failed_at)), 1e9)",
+    ),
+    Break("the gap counts from when it was probed", Session._gap_s, "self.probed_at + gap_s - now", "gap_s"),
+    Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
+    Break("a held session is probed seldom", Session._held_until, "return min(", "return 0.0 * min("),
+    Break("settle", Session._next, "max(self.answered_since + settings.settle_s, self.hold_until)", "self.hold_until"),
+    Break(
+        "hold after a relapse",
+        Session._next,
+        "max(self.answered_since + settings.settle_s, self.hold_until)",
+        "self.answered_since + settings.settle_s",
+    ),
+    Break("probed while it settles for long", Session._next, "min(ready_at, now + self.rules.interval_s)", "ready_at"),
+    Break("verification", Session._next, "if not self.rules.verifying:", "if True:"),
+    Break("slow fail-open", Session.read, "if now >= self._opens_at():", "if False:"),
+    Break("fail-open in time", Session.read, "ProbeAt(self._opens_at()) if self._opens_at() < read_at else ", ""),
+    Break(
+        "fails open though reads are pending",
+        Session._why_unverified,
+        "if self.reads_since is not None and",
+        "if False and",
+    ),
+    Break(
+        "fails open though a call hangs", Session.read_hangs, "if self.answered_since is not None and", "if False and"
+    ),
+    Break(
+        "fail-open grows with relapses",
+        Session._opens_at,
+        "backoff_s(settings.interval_s, self.relapses, settings.max_interval_s)",
+        "settings.interval_s",
+    ),
+    Break("settles again after a read that waited", Session.read, "verdict is Verdict.READABLE_LATE and", "False and"),
+    Break(
+        "settles again for INTERVAL at most",
+        Session._settles_again,
+        "and now < self.late_since + self.rules.interval_s",
         "",
     ),
-    Break("settle", SESSIONS, "if now < settled_at:", "if False:"),
     Break(
-        "settles again after a read that waited",
-        SESSIONS,
-        "Verdict.READABLE_LATE and self._settles_again(record, now)",
-        "Verdict.READABLE_LATE and False",
-    ),
-    Break("verification", SESSIONS, "elif not self.verifying:", "elif True:"),
-    Break(
-        "pause after a failed verification",
-        SESSIONS,
-        "max(MIN_VERIFY_PAUSE_S, min(VERIFY_PAUSE_FACTOR, 2.0 ** min(record.looks_in_vain, 64)) * took_s)",
-        "0.0",
+        "pause after a failed read",
+        Session._pause_s,
+        "return min(pause_s, max(least_s, self.rules.interval_s))",
+        "return 0.0",
     ),
     Break(
         "longer pauses for a peer that was gone",
-        SESSIONS,
-        "if record.was_gone and record.answered_since is not None:",
-        "if False:",
-    ),
-    Break("slow fail-open", SESSIONS, "elif now >= self._opens_at(record) and (", "elif False and ("),
-    Break("verification switched off when reads prove nothing", SESSIONS, "self.verifying = False", "pass"),
-    Break("hold after a relapse", SESSIONS, "elif now < record.hold_until:", "elif False:"),
-    Break(
-        "hold forgotten after a quiet spell",
-        SESSIONS,
-        "if not record.blacklisted and self._is_past",
-        "if False and self._is_past",
-    ),
-    Break("registration ends probation", SESSIONS, "self._registration(record.id) is not record.registration", "False"),
-    Break(
-        "registration takes off the blacklist",
-        SESSIONS,
-        "        self._hear(self._forget, session)\n\n    def remove",
-        "\n    def remove",
-    ),
-    Break("limit of probes under way", SESSIONS, "len(self._young) < self._settings.concurrency and ", ""),
-    Break(
-        "stuck probes do not count",
-        SESSIONS,
-        "            self._stuck += 1\n",
-        "            self._stuck += 1\n            self._young[question] = False\n            break\n",
-    ),
-    Break("stuck among many", SESSIONS, "if self._stuck < self._unproven_limit else STUCK_AFTER_AMONG_MANY_S", ""),
-    Break("bound on stuck probes", SESSIONS, "or self._stuck >= self._stuck_limit - STUCK_RESERVE", ""),
-    Break(
-        "places kept for fresh failures",
-        SESSIONS,
-        "if self._stuck >= self._stuck_limit - 2 * STUCK_RESERVE:",
+        Session._pause_s,
+        "if self.was_gone and self.answered_since is not None:",
         "if False:",
     ),
     Break(
-        "one question to a session at a time",
-        SESSIONS,
-        "self._is_blacklisted(record) and record.id not in self._asked:",
-        "self._is_blacklisted(record):",
-    ),
-    Break("gap grows with the outage", SESSIONS, "GAP_SHARE_OF_OUTAGE * (now - record.failed_at)", "0.0"),
-    Break("350 probes a second at most", SESSIONS, "        self._allowance -= len(questions)\n", ""),
-    Break(
-        "idle sessions are forgotten", SESSIONS, "                self._drop(record, now)\n", "                pass\n"
+        "reads that nobody waits for any more change nothing", Session.read, "if self.reads_since is None:", "if False:"
     ),
     Break(
-        "malformed ids are never probed",
-        SESSIONS,
-        "if is_session_id(session):\n            self._schedule_at",
-        "if True:\n            self._schedule_at",
+        "reads prove nothing only after two probations",
+        Session._read_on_probation,
+        "if self.still_unreadable:",
+        "if True:",
     ),
     Break(
-        "a bounded number of sessions under the lock",
-        SESSIONS,
-        "        for _ in range(BATCH):\n            if not self._schedule or",
-        "        for _ in range(10**9):\n            if not self._schedule or",
+        "verification switched off when reads prove nothing",
+        Session._read_on_probation,
+        "if self.still_unreadable:",
+        "if False:",
     ),
-    Break(
-        "no engine call under the lock",
-        CONN,
-        "        workers.start(self._look, questions, answers)\n",
-        "        with self._lock:\n            for question in questions:\n"
-        "                answers.put((question, self._look(question), None))\n",
-    ),
-    Break("a failure wakes the loop", SESSIONS, "        self._wake()\n\n    def _is_past", "\n    def _is_past"),
-    Break("four reads in a row", PROBE, "for _ in range(READS_IN_A_ROW):", "for _ in range(1):"),
-    Break("no read without a fresh answer", PROBE, "if ask(self._engine, session) != 0:", "if False:"),
-    Break("the loop stops at shutdown", CONN, "while not self.shutdown.is_set():", "while True:"),
-    Break(
-        "no new probes after shutdown",
-        CONN,
-        "[] if self.shutdown.is_set() else self.sessions.take_due(due_by)",
-        "self.sessions.take_due(due_by)",
-    ),
-    Break("stop at exit", CONN, "        atexit.register(self.stop)\n", ""),
-    Break(
-        "threads are parked at exit",
-        PROBE,
-        "    atexit.register(_park_threads_in_engine)\n",
-        "",
-        "test/faults/test_exits.py",
-    ),
-    Break(
-        "the next round begins at once while more is due",
-        CONN,
-        "                elif wait_s > 0.0:  # else more is due than one round lines up\n",
-        "                else:\n",
-        CONN_TESTS,
-    ),
-    Break(
-        "a pass by hand asks all that is due",
-        CONN,
-        "waits = left > 0 and self.sessions.waits_for_allowance() and not self.shutdown.is_set()",
-        "waits = False",
-        CONN_TESTS,
-    ),
-    Break(
-        "references are counted under the lock",
-        CONN,
-        "    with manager.session_lock:\n        for name, kind in _NEEDED.items():",
-        "    if True:\n        for name, kind in _NEEDED.items():",
-        CONN_TESTS,
-    ),
-    Break(
-        "threads in a futex of the engine are parked",
-        PROBE,
-        "(not interpreter or state.argument in interpreter)",
-        "True",
-        f"{UNIT}/test_exit.py",
-    ),
-    Break(
-        "who came back before the signal goes on",
-        PROBE,
-        "    if not 0 < state.stack - parked.stack <= _LARGEST_SIGNAL_FRAME:\n        return False\n",
-        "    return True\n",
-        f"{UNIT}/test_exit.py",
-    ),
-    Break(
-        "who gets the interpreter late is waited for",
-        PROBE,
-        "_COME_BACK_WITHIN_S = 3.0",
-        "_COME_BACK_WITHIN_S = 0.05",
-        f"{UNIT}/test_exit.py",
-    ),
-    Break(
-        "nobody else gets the interpreter while a thread is parked",
-        PROBE,
-        "            sys.setswitchinterval(_KEEP_INTERPRETER_S)\n",
-        "",
-        f"{UNIT}/test_exit.py",
-    ),
-    Break(
-        "a signal that raises while a thread is parked",
-        PROBE,
-        "        except BaseException:  # a signal handler that raises: what is done is done, the rest must be",
-        "        except Exception:",
-        f"{UNIT}/test_exit.py",
-    ),
-    Break(
-        "threads that cannot be seen are not waited for",
-        PROBE,
-        "                elif not state.call and time.monotonic() > began + _UNSEEN_WITHIN_S:",
-        "                elif False:",
-        f"{UNIT}/test_exit.py",
-    ),
-    Break(
-        "a lock that somebody has wrapped is a lock",
-        CONN,
-        'not hasattr(type(manager.session_lock), "__exit__")',
-        'type(manager.session_lock).__name__ != "lock"',
-        f"{UNIT}/test_patch.py",
-    ),
-    Break(
-        "half a second between probes at most",
-        SESSIONS,
-        "(now - record.failed_at)), MAX_GAP_S)",
-        "(now - record.failed_at)), 1e9)",
-    ),
-    Break(
-        "a slow verification lets another go",
-        SESSIONS,
-        "question.asked_at + SLOW_VERIFICATION_S for question in self._verifications\n        ):",
-        "question.asked_at + 1e9 for question in self._verifications\n        ):",
-    ),
-    Break("limit of verifications", SESSIONS, "if len(self._verifications) >= VERIFICATION_LIMIT or any(", "if any("),
-    Break("reads prove nothing only after two probations", SESSIONS, "if not record.still_unreadable:", "if False:"),
     Break(
         "a failure begins the proof anew",
-        SESSIONS,
-        "        self.still_unreadable = False\n",
-        "        self.still_unreadable = getattr(self, 'still_unreadable', False)\n",
+        Session.let_in,
+        "self.still_unreadable = False",
+        "self.still_unreadable = getattr(self, 'still_unreadable', False)",
+    ),
+    Break("one read at the end of a probation", Session.probation_ends, "            self.reads_since = now\n", ""),
+    Break(
+        "reads that hang at the end of a probation",
+        Session.probation_ends,
+        "        return self._read_on_probation(now, Verdict.UNREADABLE)\n",
+        "        return None\n",
+    ),
+    Break("one use is no proof", Session.probation_ends, "self.uses < 2 or", ""),
+    Break(
+        "longer probation for slow transfers",
+        Session.ends_at,
+        "max(1.0, self.rules.transfer_timeout_s / TRANSFER_TIMEOUT_S)",
+        "1.0",
+    ),
+    Break("hold forgotten after a quiet spell", Session.is_past, "now >= self.ends_at() or", ""),
+    Break("registration ends probation", Session.is_past, "or registration is not self.registration", ""),
+    Break("a look at the data path in each outage", Session._begin_outage, "        self.unreadable = None\n", ""),
+    # All sessions.
+    Break("generation check", SessionWatch._come_back, "if known.generation != call.generation:", "if False:"),
+    Break("generation check, of reads", SessionWatch.waits_for, "and known.generation == call.generation", ""),
+    Break("one call to a session at a time", SessionWatch.take_due, "or known.id in self._in_flight:", ":"),
+    Break(
+        "in the order in which it fell due",
+        DueHeap.probe_at,
+        "Entry(at, next(self._ties), session, False)",
+        "Entry(at, -next(self._ties), session, False)",
+    ),
+    Break("limit of young calls", Places.is_free, "len(self._young) < self.concurrency and", ""),
+    Break("limit of calls under way", Places.is_free, "and len(self) < self.most", ""),
+    Break(
+        "calls that hang make room for young ones",
+        Places.age,
+        "            self._hanging[call] = None\n",
+        "            self._young[call] = None\n            break\n",
     ),
     Break(
-        "verification is switched off once",
-        SESSIONS,
-        "if verdict is Verdict.UNREADABLE and self.verifying:",
-        "if verdict is Verdict.UNREADABLE:",
+        "calls that hang are ended when a place is wanted",
+        Places.oldest_hanging,
+        "if len(self) < self.most:",
+        "if True:",
     ),
     Break(
-        "asked while it settles for long", SESSIONS, "min(settled_at, now + self._settings.interval_s)", "settled_at"
-    ),
-    Break(
-        "ends are looked at in time",
-        SESSIONS,
-        "min(self._ends_at(record), now + LONGEST_END_CHECK_S)",
-        "self._ends_at(record)",
-    ),
-    Break("longer probation for slow transfers", SESSIONS, "max(1.0, transfer_timeout_s / TRANSFER_TIMEOUT_S)", "1.0"),
-    Break("lost answers are asked for again", CONN, "                    self.sessions.lost(question)\n", ""),
-    Break(
-        "one lost answer costs no other",
-        CONN,
-        "                except Exception as raised:",
-        "                except ZeroDivisionError as raised:",
-    ),
-    Break(
-        "idle threads beyond concurrency end",
-        CONN,
-        "keep=0 if wait_s is None else self._settings.concurrency",
-        "keep=0 if wait_s is None else 10**9",
-    ),
-    Break("the plain set comes back", CONN, "            _give_blacklist_back(manager)\n", ""),
-    Break(
-        "raising probes are said up to a bound",
-        LOG,
-        " or len(self._raising) >= failed_sessions.SAID_LIMIT",
+        "none is ended while there is a place",
+        Places.oldest_hanging,
+        "        if len(self) < self.most:\n            return []\n",
         "",
-        LOG_TESTS,
     ),
+    Break(
+        "calls whose reads hang are ended", SessionWatch._look_at_call, "        self._read_hangs.append(call)\n", ""
+    ),
+    Break("a probe that hangs is no read that hangs", SessionWatch._look_at_call, "not call.answered or", ""),
+    Break("350 calls a second at most", Allowance.spend, "self._left -= 1.0", "pass"),
+    Break(
+        "the allowance covers a round", Allowance.renew, "max(self.AT_ONCE, longest_round_s * per_s)", "self.AT_ONCE"
+    ),
+    Break(
+        "more calls for INTERVAL",
+        Allowance._per_s,
+        "max(self.PER_S, 1.1 * blacklisted / self._interval_s)",
+        "self.PER_S",
+    ),
+    Break(
+        "idle sessions are forgotten",
+        SessionWatch._come_up,
+        "            self._drop(known, now)\n",
+        "            pass\n",
+    ),
+    Break("ends are looked at in time", SessionWatch._check_end, ", now + latest_s)", ", now + 1e9)"),
+    Break("malformed ids are never probed", SessionWatch.failed, "if is_session_id(session):", "if True:"),
+    Break(
+        "a bounded number of sessions under the lock",
+        SessionWatch.take_due,
+        "for _ in range(BATCH):",
+        "for _ in range(10**9):",
+    ),
+    Break("a failure wakes the loop", SessionWatch.failed, "        self._wake()\n", ""),
+    Break("the loop hears of a registration", SessionWatch.left, "            self._wake()", "            pass"),
+    Break("an unreadable peer is told once", SessionWatch.read, "and known.unreadable is None:", ":"),
+    Break("told once that a peer cuts probes short", SessionWatch.answered, "known.listen_at = NEVER", "pass"),
+    Break("looks ten a second at most", SessionWatch._call, "max(known.listen_at, self._listen_at)", "known.listen_at"),
+    Break(
+        "registration takes off the blacklist",
+        FailedSessions.discard,
+        "        self._tell(self._listener.left, session)\n",
+        "",
+    ),
+    Break(
+        "a fault of the listener stops nothing", FailedSessions._tell, "except Exception:", "except ZeroDivisionError:"
+    ),
+    # Through the engine.
+    Break("four reads", MemoryReader.begin, "for _ in range(READS_AT_A_TIME):", "for _ in range(1):", PROBE_TESTS),
+    Break(
+        "no read without a fresh answer",
+        Prober._make,
+        "if call.read and call.answered else None",
+        "if call.read else None",
+    ),
+    Break(
+        "late is what was seen pending", Reads.look, "looked_at - self._begun_at >= self.LATE_S", "False", PROBE_TESTS
+    ),
+    Break(
+        "a batch is looked at until it ends",
+        PendingReads.look,
+        "if not reads.have_ended():",
+        "if verdict is None:",
+        PROBE_TESTS,
+    ),
+    Break("looks at growing gaps", PendingReads._gap_s, "self._SHARE_OF_AGE * reads.age_s()", "0.0", PROBE_TESTS),
+    Break("reads are told once", PendingReads.look, "and not was_told", "", PROBE_TESTS),
+    Break(
+        "a refused page is registered later",
+        MemoryReader._scratch_address,
+        "self._clock() >= self._refused_at + self._REGISTER_AGAIN_S",
+        "not self._refused_why",
+        PROBE_TESTS,
+    ),
+    Break("a refused page is said once", MemoryReader._register_page, "if not was_refused:", "if True:", PROBE_TESTS),
     Break(
         "unknown addresses fail nothing",
-        PROBE,
-        "with contextlib.suppress(Exception):  # addresses",
-        "with contextlib.suppress(ZeroDivisionError):  # addresses",
+        MemoryReader._address_of,
+        "contextlib.suppress(Exception)",
+        "contextlib.suppress(ZeroDivisionError)",
+        PROBE_TESTS,
     ),
-    Break("no lane left half used", PROBE, "if was_gone and time.monotonic() - began < _WAITED_S:", "if False:"),
-    Break(
-        "session_lock is free after a fork",
-        CONN,
-        "os.register_at_fork(after_in_child=self._lock._at_fork_reinit)",
-        "pass",
-        "test/faults/test_processes.py",
-    ),
-    Break(
-        "gauges of dead processes, at a start",
-        METRICS,
-        "            _forget_dead_processes()\n\n    def stop",
-        "            pass\n\n    def stop",
-        METRICS_TESTS,
-    ),
-    Break(
-        "gauges of dead processes, at a blacklisting",
-        METRICS,
-        "self._dead_may_be_left = True",
-        "pass",
-        METRICS_TESTS,
-    ),
-    Break("gauges begin at 0", METRICS, "metric.set(0)", "pass", METRICS_TESTS),
-    Break("gauges end at 0", CONN, "        self.metrics.stop()\n", "", METRICS_TESTS),
-    Break("gauges add up", METRICS, 'multiprocess_mode="livesum"', 'multiprocess_mode="livemax"', METRICS_TESTS),
-    Break("metrics are there from the start", CONN, "prober.metrics.start(", "id(", METRICS_TESTS),
-    Break(
-        "a metric that fails stops nothing", METRICS, "    except Exception:\n", "    except KeyError:\n", METRICS_TESTS
-    ),
-    Break(
-        "a metric is registered once",
-        METRICS,
-        "        if self._metric is None:\n            with self._lock:\n                if self._metric is None:",
-        "        if True:\n            with self._lock:\n                if True:",
-        METRICS_TESTS,
-    ),
-    Break(
-        "the loop hears of a registration",
-        SESSIONS,
-        "            if record.blacklisted:\n                self._wake()",
-        "            if False:\n                pass",
-        METRICS_TESTS,
-    ),
-    Break("lines are summed up", LOG, "if spell.said < LINES_IN_A_SPELL:", "if True:", LOG_TESTS),
-    Break(
-        "left out lines are counted",
-        LOG,
-        "if spell.left_out and (over or (at_once and not spell.summed_up)):",
-        "if False:",
-        LOG_TESTS,
-    ),
-    Break(
-        "said before a long silence",
-        CONN,
-        "                if wait_s is None:\n                    self._log.sum_up(at_once=True)",
-        "                if wait_s is None:\n                    pass",
-        CONN_TESTS,
-    ),
-    Break("told once that a peer cuts probes short", SESSIONS, "record.listen_at = _NEVER", "pass", SESSIONS_TESTS),
     Break(
         "a peer that is gone is not said to cut probes short",
-        PROBE,
+        session_probe.ask_and_listen,
         " or not _takes_connections(session)",
         "",
         PROBE_TESTS,
     ),
     Break(
         "a peer that is stopped is not said to cut probes short",
-        PROBE,
+        session_probe.ask_and_listen,
         "rc == _NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S",
         "rc == _NO_ANSWER",
         PROBE_TESTS,
     ),
+    Break("the same wait after the copy", hung_call.end_call, "wait_of(thread) != wait or", "", HUNG_CALL_TESTS),
+    Break("the same call after the copy", hung_call.end_call, "not is_in_call() or", "", HUNG_CALL_TESTS),
     Break(
-        "looks ten a second at most",
-        SESSIONS,
-        "max(record.listen_at, self._listen_at)",
-        "record.listen_at",
-        SESSIONS_TESTS,
+        "only connections to the peer",
+        hung_call.end_call,
+        "or not _may_be_of(connection, session)",
+        "",
+        HUNG_CALL_TESTS,
     ),
     Break(
         "what hangs holds up none of its batch",
-        PROBE,
+        Workers.start,
         "        while self._waiting:\n            self._start_next()\n",
         "",
-        PROBE_TESTS,
+        WORKER_TESTS,
+    ),
+    # The daemon thread.
+    Break("generation check, on a plain set", conn._run_bare_pass, "failures.get(session) is counts[session]", "True"),
+    Break(
+        "no engine call under the lock",
+        Prober._start_due,
+        "        workers.start(calls)\n",
+        "        with self._lock:\n            for call in calls:\n                self._inbox.put(self._make(call))\n",
+    ),
+    Break("the loop stops at shutdown", Prober.run, "while not self.shutdown.is_set():", "while True:"),
+    Break(
+        "no new calls after shutdown",
+        Prober._start_due,
+        "[] if stopped else self.watch.take_due(due_by)",
+        "self.watch.take_due(due_by)",
+    ),
+    Break("stop at exit", Prober.run, "        atexit.register(self._stop_at_exit)\n", ""),
+    Break(
+        "calls that hang are ended at a stop",
+        Prober._wind_up,
+        "                    _end_calls(self.watch.under_way())\n",
+        "                    pass\n",
+        f"{FAULTS}/test_exits.py",
     ),
     Break(
-        "the allowance covers a round",
-        SESSIONS,
-        "max(PROBES_AT_ONCE, LONGEST_ROUND_S * per_s)",
-        "PROBES_AT_ONCE",
-        SESSIONS_TESTS,
+        "a thread that cannot be ended waits for the end",
+        Prober._stop_at_exit,
+        "            _hold_threads_that_terminate()\n",
+        "            pass\n",
+        EXIT_TESTS,
     ),
     Break(
-        "turns change when one was asked",
-        SESSIONS,
-        "self._prompt_next ^= record is not None",
-        "self._prompt_next ^= True",
-        SESSIONS_TESTS,
+        "the next round begins at once while more is due",
+        SessionWatch.next_due_in,
+        "        if at <= now:\n            return 0.0\n",
+        "",
+        CONN_TESTS,
+    ),
+    Break(
+        "a pass by hand asks all that is due",
+        Prober.run_pass,
+        "left > 0 and self.watch.waits_for_allowance() and not self.shutdown.is_set()",
+        "False",
+        CONN_TESTS,
+    ),
+    Break(
+        "references are counted under the lock",
+        conn._missing_of,
+        "    with manager.session_lock:\n",
+        "    if True:\n",
+        CONN_TESTS,
+    ),
+    Break(
+        "a lock that somebody has wrapped is a lock",
+        conn._missing_of,
+        'not hasattr(type(manager.session_lock), "__exit__")',
+        'type(manager.session_lock).__name__ != "lock"',
+        PATCH_TESTS,
     ),
     Break(
         "a second name is refused",
-        CONN,
+        conn._missing_of,
         "sys.getrefcount(manager.failed_sessions) > 2",
         "False",
-        f"{UNIT}/test_patch.py",
+        PATCH_TESTS,
     ),
-    Break("an unreadable peer is told once", SESSIONS, "if record.unreadable is None:\n", "if True:\n", SESSIONS_TESTS),
     Break(
-        "a look at the data path in each outage",
-        SESSIONS,
-        "        self.unreadable: Optional[str] = None\n",
-        "        self.unreadable: Optional[str] = getattr(self, 'unreadable', None)\n",
-        SESSIONS_TESTS,
+        "lost answers are asked for again", Prober._hand_over, "                    self.watch.lost(answer.call)\n", ""
     ),
-    Break("summed up once a spell", LOG, "(at_once and not spell.summed_up)", "at_once", LOG_TESTS),
     Break(
-        "the pause grows over outages",
-        SESSIONS,
-        "        self.was_gone = False\n",
-        "        self.was_gone = False\n        self.looks_in_vain = 0\n",
-        SESSIONS_TESTS,
+        "one lost answer costs no other",
+        Prober._hand_over,
+        "                except Exception as raised:  # the other",
+        "                except ZeroDivisionError as raised:  # the other",
     ),
-    Break("the gap counts from when it was asked", SESSIONS, "record.asked_at + gap_s - now", "gap_s", SESSIONS_TESTS),
+    Break(
+        "idle threads beyond concurrency end",
+        Prober.run,
+        "keep=0 if wait_s is None else self._settings.concurrency",
+        "keep=0 if wait_s is None else 10**9",
+    ),
+    Break(
+        "the plain set comes back", conn._start_failed_session_probe, "            _give_blacklist_back(manager)\n", ""
+    ),
+    Break(
+        "said before a long silence",
+        Prober.run,
+        "                    self._log.sum_up(at_once=True)  # it may",
+        "                    pass  # it may",
+        CONN_TESTS,
+    ),
+    Break(
+        "session_lock is free after a fork",
+        Prober.__init__,
+        "os.register_at_fork(after_in_child=self._lock._at_fork_reinit)",
+        "pass",
+        f"{FAULTS}/test_processes.py",
+    ),
+    # What is told.
+    Break(
+        "raising probes are said up to a bound",
+        FailedSessionLog.probe_raised,
+        " or len(self._raising) >= session_watch.SAID_LIMIT",
+        "",
+        LOG_TESTS,
+    ),
+    Break("log lines are summed up", FailedSessionLog._say, "if spell.said < LINES_IN_A_SPELL:", "if True:", LOG_TESTS),
+    Break(
+        "left out log lines are counted",
+        FailedSessionLog.sum_up,
+        "if spell.left_out and (over or (at_once and not spell.summed_up)):",
+        "if False:",
+        LOG_TESTS,
+    ),
+    Break("summed up once a spell", FailedSessionLog.sum_up, "(at_once and not spell.summed_up)", "at_once", LOG_TESTS),
+    Break(
+        "gauges of dead processes, at a start",
+        FailedSessionMetrics.start,
+        "            _forget_dead_processes()\n",
+        "            pass\n",
+        METRICS_TESTS,
+    ),
+    Break(
+        "gauges of dead processes, at a blacklisting",
+        FailedSessionMetrics.heard,
+        "self._dead_may_be_left = True",
+        "pass",
+        METRICS_TESTS,
+    ),
+    Break("gauges begin at 0", metrics._LazyMetric.register, "metric.set(0)", "pass", METRICS_TESTS),
+    Break("gauges end at 0", Prober.run, "        self.metrics.stop()\n", "", METRICS_TESTS),
+    Break("gauges add up", metrics._gauge, 'multiprocess_mode="livesum"', 'multiprocess_mode="livemax"', METRICS_TESTS),
+    Break(
+        "metrics are there from the start",
+        conn._start_failed_session_probe,
+        "prober.metrics.start(",
+        "id(",
+        METRICS_TESTS,
+    ),
+    Break(
+        "a metric that fails stops nothing",
+        metrics.harmless,
+        "    except Exception:\n",
+        "    except KeyError:\n",
+        METRICS_TESTS,
+    ),
+    Break(
+        "a metric is registered once",
+        metrics._LazyMetric.register,
+        "        if self._metric is None:\n            with self._lock:\n                if self._metric is None:",
+        "        if True:\n            with self._lock:\n                if True:",
+        METRICS_TESTS,
+    ),
     # The most important ones once more, on real engines.
     Break(
         "generation check, real engines",
-        SESSIONS,
-        "if record.generation != question.generation:",
+        SessionWatch._come_back,
+        "if known.generation != call.generation:",
         "if False:",
-        "test/faults/test_registration.py",
+        f"{FAULTS}/test_registration.py",
     ),
     Break(
         "verification, real engines",
-        SESSIONS,
-        "elif not self.verifying:",
-        "elif True:",
-        "test/faults/test_data_path.py",
+        Session._next,
+        "if not self.rules.verifying:",
+        "if True:",
+        f"{FAULTS}/test_data_path.py",
     ),
     Break(
         "hold after a relapse, real engines",
-        SESSIONS,
-        "elif now < record.hold_until:",
-        "elif False:",
-        "test/faults/test_flapping.py",
+        Session._next,
+        "max(self.answered_since + settings.settle_s, self.hold_until)",
+        "self.answered_since + settings.settle_s",
+        f"{FAULTS}/test_flapping.py",
     ),
     Break(
-        "bound on stuck probes, real engines",
-        SESSIONS,
-        "or self._stuck >= self._stuck_limit - STUCK_RESERVE",
-        "",
-        "test/faults/test_hung_peers.py",
+        "calls that hang are ended, real engines",
+        Places.oldest_hanging,
+        "if len(self) < self.most:",
+        "if True:",
+        f"{FAULTS}/test_hung_peers.py",
     ),
-    Break("settle, real engines", SESSIONS, "if now < settled_at:", "if False:", "test/faults/test_late_bytes.py"),
+    Break(
+        "settle, real engines",
+        Session._next,
+        "max(self.answered_since + settings.settle_s, self.hold_until)",
+        "self.hold_until",
+        f"{FAULTS}/test_late_bytes.py",
+    ),
 ]
 
 
@@ -448,11 +505,8 @@ def red_test(broken: Break) -> str:
             else:
                 shutil.copy(source, copy / name)
         if broken.mechanism:
-            file = copy / broken.file
-            text = file.read_text()
-            if text.count(broken.before) != 1:
-                sys.exit(f"{broken.mechanism}: it is in {broken.file} {text.count(broken.before)} times, not once")
-            file.write_text(text.replace(broken.before, broken.after))
+            file, text = broken.broken()
+            (copy / file).write_text(text)
         command = [
             sys.executable,
             "-m",
@@ -479,7 +533,7 @@ def main(words: list[str]) -> int:
     unseen = 0
     chosen = [broken for broken in BREAKS if not words or any(word in broken.mechanism for word in words)]
     for tests in dict.fromkeys(broken.tests for broken in chosen):
-        if red := red_test(Break("", "", "", "", tests)):
+        if red := red_test(Break("", None, "", "", tests)):
             sys.exit(f"{tests} is red with nothing broken: {red}")
     for broken in chosen:
         red = red_test(broken)

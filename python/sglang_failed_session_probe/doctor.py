@@ -68,8 +68,6 @@ _MOONCAKE_LIBRARIES = {
     "libnuma.so.1": "libnuma1",
     "libcurl.so.4": "libcurl4",
 }
-# Below this, eight ranks with 64 probes that hang, the least they may have, are more than half of the container's.
-_FEW_THREADS = 1024
 _CHILD_DEADLINE_S = 20.0
 
 # What an error means for a prefill node, the worst first.
@@ -161,7 +159,7 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
     folder = patch_points.find_sglang()
     points = patch_points.examine(folder) if folder else None
     switch, asked_for = _look_at_switch(environment)
-    mooncake, mooncake_lines, thread_limit = _look_at_mooncake(environment)
+    mooncake, mooncake_lines = _look_at_mooncake(environment)
     lines = [
         *_look_at_sglang(folder, points),
         *mooncake_lines,
@@ -172,7 +170,6 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
         *_look_at_settings(environment, asked_for),
         *_look_at_misspelt(environment, folder, asked_for),
         *_look_at_metrics_folder(environment, points),
-        *_look_at_thread_limit(thread_limit),
     ]
     misspelt = any(line.subject == "misspelt" and line.mark == "error" for line in lines)
     return Diagnosis(tuple(lines), asked_for if asked_for is not None or not misspelt else True, points, mooncake)
@@ -241,7 +238,7 @@ sys.path[:] = json.loads(sys.argv[1])
 sys.modules["sglang"] = types.ModuleType("sglang")
 sys.modules["sglang"].__path__ = [sys.argv[2]]
 from sglang.srt.disaggregation.mooncake import session_probe
-print(json.dumps(session_probe.thread_limit_of_pod()), file=answers)
+print("our files are there", file=answers)
 def can_probe():
     import mooncake.engine
     return session_probe.can_probe(mooncake.engine.TransferEngine)
@@ -259,27 +256,26 @@ print(json.dumps(answer), file=answers)
 """
 
 
-def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], list[Line], Optional[int]]:
-    """Name and release of the wheel, what is to be said of it, and the container's limit on threads."""
+def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], list[Line]]:
+    """Name and release of the wheel, and what is to be said of it."""
     spec = importlib.util.find_spec("mooncake")
     places = spec and spec.submodule_search_locations
     folder = pathlib.Path(next(iter(places))) if places else None
     path = [*sys.path, *([str(folder.parent)] if folder else [])]
     child = _child(["-S", "-c", _CHILD_WITH_ENGINE, json.dumps(path), str(source_folder() / "sglang")], environment)
-    answers = [json.loads(line) for line in child.stdout.splitlines()]
-    thread_limit = answers[0] if answers else None
-    engine = answers[1] if len(answers) > 1 else _how_it_ended(child)
+    found_our_files, *answers = child.stdout.splitlines() or [""]
+    engine = json.loads(answers[0]) if answers else _how_it_ended(child)
     if folder is None or not any(folder.glob("engine*")):
         finding = "Mooncake is not installed" if folder is None else f"{folder} has no engine"
         do = f"install the wheel of Mooncake for this machine, {_FIRST_MOONCAKE_THAT_ASKS} or later"
-        return None, [Line("error", "Mooncake", finding, do, _STOPS)], thread_limit
+        return None, [Line("error", "Mooncake", finding, do, _STOPS)]
     wheels = _wheels_in(folder)
     wheel = _wheel_of_engine(wheels)
     release = _release_line(wheel, engine, environment)
     lines = [*_several_wheels(wheels, wheel, release), release]
-    if answers:  # else it is our own files that are not there, which is said elsewhere
+    if found_our_files:  # else it is our own files that are not there, which is said elsewhere
         lines.append(_engine_line(engine, wheel))
-    return _name(wheel), lines, thread_limit
+    return _name(wheel), lines
 
 
 def _child(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -626,11 +622,3 @@ def _look_at_metrics_folder(environment: Mapping[str, str], points: Optional[Pat
         yield Line("error", subject, f"this user cannot write to {subject}={folder}", "make it writable", effect)
     else:
         yield Line("ok", subject, folder)
-
-
-def _look_at_thread_limit(limit: Optional[int]) -> Iterator[Line]:
-    if limit is not None and limit < _FEW_THREADS:
-        finding = f"this container may have {limit} of them; 64 probes may hang in each prefill process"
-        yield Line("warning", "threads", finding, f"raise its limit on processes to {_FEW_THREADS} or more")
-    else:
-        yield Line("ok", "threads", f"this container may have {limit or 'any number'} of them")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import queue
 import socket
 import statistics
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_failed_session_probe.own_files import source_folder
 
 if TYPE_CHECKING:
-    from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
+    from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
 INTERVAL_S = 1.0
 # A refused probe returns within milliseconds. One whose packets are dropped ends with the connect: after 5 s, the
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         _mute_mooncake()
     session, address = arguments.session, arguments.verify
     protocol = arguments.protocol or (os.environ.get("MOONCAKE_PROTOCOL", "rdma") if address else "tcp")
-    aside = _Aside()
+    aside = _Aside(session)
     try:
         engine = aside.do(lambda: _engine_towards(session, protocol))
     except _CannotProbe as why:
@@ -158,26 +160,37 @@ def what_next(answer: Answer) -> str:
 
 
 def _verify(aside: _Aside, engine: Any, session: str, address: int) -> bool:
-    from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
-    from sglang.srt.disaggregation.mooncake.session_probe import READ_BYTES, READS_IN_A_ROW, MemoryReader
+    from sglang.srt.disaggregation.mooncake.session_probe import READ_BYTES, READS_AT_A_TIME, MemoryReader, ask
+    from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
+    # Reads whose packets are dropped are pending: they are given up as Mooncake gives up a transfer.
+    ends_within_s = float(os.environ.get("MC_TRANSFER_TIMEOUT") or 30.0)
     reader = MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
+
+    def read() -> tuple[Any, str]:
+        if ask(engine, session) != 0:
+            return None, ""
+        reads = reader.begin(session)
+        while (verdict := reads.look()) is None and reads.age_s() < ends_within_s:
+            time.sleep(0.001)
+        return verdict or Verdict.UNREADABLE, reads.why or "reads of its memory have not ended"
+
     began = time.monotonic()
-    verdict, why = aside.do(lambda: reader.verify(session))
+    verdict, why = aside.do(read)
     seconds = time.monotonic() - began
     if verdict in (Verdict.READABLE, Verdict.READABLE_LATE):
-        print(f"transfers work: {READS_IN_A_ROW} reads of {READ_BYTES} bytes at {address:#x} in {_duration(seconds)}")
+        print(f"transfers work: {READS_AT_A_TIME} reads of {READ_BYTES} bytes at {address:#x} in {_duration(seconds)}")
         return True
     if verdict is Verdict.UNREADABLE:
         print(f"transfers fail: {why} after {_duration(seconds)}")
     else:
-        print(f"not verified after {_duration(seconds)}: {verdict.value}")
+        print(f"not verified after {_duration(seconds)}: {verdict.value if verdict else 'unanswered'}")
     print(f"next: {_what_next_to_verify(verdict, address, seconds)}")
     return False
 
 
-def _what_next_to_verify(verdict: Verdict, address: int, seconds: float) -> str:
-    if verdict.value == "unanswered":
+def _what_next_to_verify(verdict: Optional[Verdict], address: int, seconds: float) -> str:
+    if verdict is None:
         return "it answered and then no more: run it again with --count 10"
     if verdict.value == "cannot tell":
         return "this Mooncake reads no memory with that protocol: see --protocol"
@@ -193,32 +206,40 @@ def _what_next_to_verify(verdict: Verdict, address: int, seconds: float) -> str:
 class _Aside:
     """Runs what may hang in Mooncake on a thread of its own, so that a Ctrl-C is heard meanwhile."""
 
-    def __init__(self) -> None:
-        from sglang.srt.disaggregation.mooncake.session_probe import Workers
-
-        self._workers = Workers("MooncakeProbe")
-        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def __init__(self, session: str) -> None:
+        self._session = session
 
     def do(self, job: Callable[[], Any]) -> Any:
-        """Gives what the job gives or raises what it raises; says on a terminal that it waits."""
-        self._workers.start(lambda _: job(), [None], self._results)
+        """Gives what the job gives or raises what it raises; says on a terminal that it waits. A Ctrl-C ends it."""
+        from sglang.srt.disaggregation.mooncake.hung_call import end_call
+
+        results: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                results.put((job(), None))
+            except BaseException as error:
+                results.put((None, error))
+
+        thread = threading.Thread(target=work, name="MooncakeProbe", daemon=True)
+        thread.start()
         began = time.monotonic()
         try:
-            while (result := self._result()) is None:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    given, error = results.get(timeout=_LONGEST_UNHEARD_S)
+                    break
                 _say_waiting(time.monotonic() - began)
+        except BaseException:  # a thread that comes back while the interpreter shuts down would abort it
+            end_call(thread.native_id or 0, self._session, thread.is_alive)
+            thread.join(timeout=0.5)
+            raise
         finally:
             if sys.stdout.isatty():
                 print(_ERASE_LINE, end="", flush=True)
-        _, given, error = result
         if error is not None:
             raise error
         return given
-
-    def _result(self) -> Any:
-        try:
-            return self._results.get(timeout=_LONGEST_UNHEARD_S)
-        except queue.Empty:
-            return None
 
 
 def _say_waiting(waited_s: float) -> None:
@@ -282,7 +303,7 @@ def _duration(seconds: float) -> str:
 
 def _session(text: str) -> str:
     _leave_sglang_out()
-    from sglang.srt.disaggregation.mooncake.failed_sessions import is_session_id
+    from sglang.srt.disaggregation.mooncake.session_watch import is_session_id
 
     if not is_session_id(text):
         raise argparse.ArgumentTypeError(

@@ -217,7 +217,7 @@ def _stuck(node: Node, ended: dict[str, int]) -> str:
     if ended.get("unverified") and _RESULTS["answered"] in reasons:
         reasons.remove(_RESULTS["answered"])
     if node.in_flight and node.limit and node.in_flight >= node.limit:
-        reasons.append("stuck probes at their bound, hung peers take turns")
+        reasons.append("as many probes hang as may, hung peers take turns")
     elif not reasons and node.in_flight:
         reasons.append("probes hang: a stopped process or dropped packets")
     return f"{node.blacklisted} blacklisted: {'; '.join(reasons) or 'no probe has ended, look at its log'}"

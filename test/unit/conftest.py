@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from managers import ENABLE, NO_MEMORY, MakeManager
-from sglang.srt.disaggregation.mooncake import conn, session_probe
+from sglang.srt.disaggregation.mooncake import conn
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+from sglang.srt.disaggregation.mooncake.session_probe import Reads
 
 PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 
@@ -46,7 +47,7 @@ def make_manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeManager]:
     monkeypatch.setenv(ENABLE, "1")
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0.1")
     monkeypatch.setattr(conn._FailedSessionProber, "reads_prove_nothing", False)
-    monkeypatch.setattr(session_probe, "LATE_S", 10.0)  # its reads wait for no lane, however slow the machine
+    monkeypatch.setattr(Reads, "LATE_S", 10.0)  # its reads wait for no lane, however slow the machine
 
     def make(engine: Any, role: Any = "prefill") -> Any:
         monkeypatch.setattr(MooncakeKVManager, "init_engine", lambda self: setattr(self, "engine", engine))
@@ -59,3 +60,4 @@ def make_manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeManager]:
     for manager in managers:
         manager.engine.goes_on.set()
         manager.teardown()
+        assert manager.engine.looked_at_too_often == [], "Mooncake has let go of a batch that has ended"

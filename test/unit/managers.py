@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
@@ -36,6 +38,31 @@ def threads(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == name]
 
 
+@contextlib.contextmanager
+def stopped_peers(number: int) -> Iterator[list[str]]:
+    """The sessions of processes that are stopped: connections to them are taken, and nobody says anything."""
+    with contextlib.ExitStack() as listeners:
+        ports = [
+            listeners.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64)).getsockname()[1]
+            for _ in range(number)
+        ]
+        yield [f"127.0.0.1:{port}" for port in ports]
+
+
+@contextlib.contextmanager
+def full_peer() -> Iterator[tuple[str, int]]:
+    """The address of a peer that takes no more connections: who connects waits, as where packets are dropped."""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            connection = sockets.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
 def blacklist(manager: Any, *sessions: str) -> None:
     """A transfer to each of the sessions fails."""
     with manager.session_lock:
@@ -47,6 +74,11 @@ def blacklist(manager: Any, *sessions: str) -> None:
 def blacklisted(manager: Any) -> set[str]:
     with manager.session_lock:
         return set(manager.failed_sessions)
+
+
+def watch_of(manager: Any) -> Any:
+    """Who watches over the manager's sessions."""
+    return manager._failed_session_prober.watch
 
 
 def send(manager: Any, session: str) -> None:

@@ -6,8 +6,8 @@ import logging
 from typing import Any
 
 import pytest
-from sglang.srt.disaggregation.mooncake import failed_sessions
-from sglang.srt.disaggregation.mooncake.failed_sessions import Event
+from sglang.srt.disaggregation.mooncake import session_watch
+from sglang.srt.disaggregation.mooncake.session_watch import Event
 from sglang.srt.observability.failed_session_log import LINES_IN_A_SPELL, SPELL_S, FailedSessionLog
 
 D = "decode:7001"
@@ -103,6 +103,17 @@ def test_a_session_that_is_let_in_without_proof_is_told_with_the_reason(story: S
     )
 
 
+def test_a_page_that_mooncake_refuses_is_told_with_what_follows_from_it(story: Story) -> None:
+    story.log.page_refused("Mooncake gave -1 when it was to register a page to read into")
+    assert story.lines() == [
+        (
+            "WARNING",
+            "Failed-session probe: Mooncake gave -1 when it was to register a page to read into, so no peer's memory "
+            "can be read for now: sessions are let in when they answer probes. It is tried again",
+        )
+    ]
+
+
 def test_nobody_is_told_that_a_session_is_probed_which_is_not(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     story.blacklist("nonsense")
     assert story.lines() == []
@@ -191,16 +202,16 @@ def test_a_flapping_rack_never_says_more_than_a_spell_allows(story: Story) -> No
 
 def test_probes_that_hang_up_to_their_bound_are_said_once_until_half_have_come_back(story: Story) -> None:
     told = []
-    for hung in (0, 991, 992, 993, 991, 992, 500, 992, 495, 992):
-        story.log.stuck(hung, most=992)
+    for hung in (0, 31, 32, 33, 31, 32, 16, 32, 15, 32):
+        story.log.stuck(hung, most=32)
         told += [(hung, *line) for line in story.lines()]
-    text = "Failed-session probe: 992 probes hang, as many as may; peers that hang are asked in turns now"
-    assert told == [(992, "WARNING", text)] * 2
+    text = "Failed-session probe: 32 probes hang, as many as may; peers that hang are asked in turns now"
+    assert told == [(32, "WARNING", text)] * 2
 
 
 def test_sessions_whose_probes_raise_are_said_up_to_a_bound(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept to say it once must not grow with what comes in from outside."""
-    monkeypatch.setattr(failed_sessions, "SAID_LIMIT", 5)
+    monkeypatch.setattr(session_watch, "SAID_LIMIT", 5)
     for session in RACK[:12]:
         story.log.probe_raised(session, RuntimeError("broken"))
     assert len(story.lines()) == 5

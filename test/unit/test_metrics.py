@@ -14,11 +14,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import REFUSED, Engine, raises
-from managers import ENABLE, OTHER, SOME_MEMORY, D, MakeManager, blacklist, blacklisted, many, send, wait_until
+from fake_engine import PENDING, REFUSED, Engine, raises, waits_for_a_reply_of
+from managers import (
+    ENABLE,
+    INTERVAL,
+    OTHER,
+    SOME_MEMORY,
+    D,
+    MakeManager,
+    blacklist,
+    blacklisted,
+    many,
+    send,
+    stopped_peers,
+    wait_until,
+    watch_of,
+)
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
-from sglang.srt.disaggregation.mooncake import conn, failed_sessions
+from sglang.srt.disaggregation.mooncake import conn, session_states, session_watch
 from sglang.srt.observability import failed_session_metrics
 
 RECOVERIES = "sglang:failed_session_recoveries_total"
@@ -110,7 +124,7 @@ def test_a_session_that_is_forgotten_is_a_drop_and_no_recovery(
 def test_a_session_that_is_let_in_without_proof_and_fails_again_is_counted_as_both(
     make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_INTERVAL_S", "0.3")
+    monkeypatch.setenv(INTERVAL, "0.3")
     manager = make_manager(Engine(read=-1))
     manager.register_decode(D, SOME_MEMORY)
     blacklist(manager, D)
@@ -123,15 +137,14 @@ def test_a_session_that_is_let_in_without_proof_and_fails_again_is_counted_as_bo
 
 
 def test_a_registration_shows_in_the_gauge_though_the_peers_probe_hangs(
-    make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+    make_manager: MakeManager, metrics: Metrics
 ) -> None:
-    monkeypatch.setattr(failed_sessions, "STUCK_AFTER_S", 0.1)
     engine = Engine()
     engine.probe[D] = engine.hang
     manager = make_manager(engine)
     blacklist(manager, D)
     assert metrics.reads(IN_FLIGHT, 1)
-    assert wait_until(lambda: manager.failed_sessions.stuck() == 1)  # and the daemon thread sleeps
+    assert wait_until(lambda: watch_of(manager).next_due_in() > 1)  # so the daemon thread sleeps
     manager.register_decode(D, SOME_MEMORY)
     assert metrics.reads(BLACKLISTED, 0), "an alert on the blacklist goes on for a minute after a restart"
     assert metrics.grown(RECOVERIES) == 0
@@ -143,7 +156,7 @@ def test_probes_that_hang_are_in_flight_beside_the_number_that_may(make_manager:
     manager = make_manager(engine)
     blacklist(manager, *many(5))
     assert metrics.reads(IN_FLIGHT, 5)
-    assert metrics.grown(LIMIT) == manager.failed_sessions.most_stuck()
+    assert metrics.grown(LIMIT) == watch_of(manager).most_in_flight()
     engine.probe.default_factory = lambda: REFUSED
     engine.probe.clear()
     engine.goes_on.set()
@@ -162,7 +175,7 @@ def results(make_manager: MakeManager, metrics: Metrics, engine: Engine, result:
 def test_each_result_of_a_probe_is_counted_and_how_long_probes_take(
     make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    monkeypatch.setenv(INTERVAL, "0.01")
     assert results(make_manager, metrics, Engine(probe=REFUSED), "unanswered") == {"unanswered"}
     probes = metrics.probes()["unanswered"]
     assert wait_until(lambda: metrics.grown(f"{PROBE_DURATION}_count") >= probes)
@@ -172,7 +185,7 @@ def test_each_result_of_a_probe_is_counted_and_how_long_probes_take(
 def test_probes_that_end_together_are_counted_one_by_one(
     make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conn, "_STOP_GRACE_S", 2.5)  # in place of 0.2 s: all of them are heard
+    monkeypatch.setattr(conn, "_STOP_WITHIN_S", 2.5)  # in place of 0.4 s: all of them are heard
     engine = Engine(probe=REFUSED)
     manager = make_manager(engine)
     blacklist(manager, *many(40))
@@ -185,32 +198,60 @@ def test_probes_that_end_together_are_counted_one_by_one(
 def test_answers_and_good_verifications_are_answered(make_manager: MakeManager, metrics: Metrics) -> None:
     assert results(make_manager, metrics, Engine(), "answered") == {"answered"}
     assert metrics.reads(RECOVERIES, 1)
-    assert metrics.probes() == {"answered": 3}, "two probes and a verification"
+    assert metrics.probes() == {"answered": 3}, "two probes, and the reads after the second"
     assert metrics.grown(f"{PROBE_DURATION}_count") == 2
 
 
 def test_probes_that_raise_are_errors(
     make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    monkeypatch.setenv(INTERVAL, "0.01")
     assert results(make_manager, metrics, Engine(probe=raises(RuntimeError("broken"))), "error") == {"error"}
 
 
 def test_each_attempt_without_send_probe_is_unavailable(
     make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failed_sessions, "MIN_GAP_S", 0.01)
+    monkeypatch.setenv(INTERVAL, "0.01")
     engine = Engine(probe=-1)
     engine.engine = types.SimpleNamespace()  # Mooncake's own, behind the wrapper
     assert results(make_manager, metrics, engine, "unavailable") == {"unavailable"}
     assert metrics.grown(f"{PROBE_DURATION}_count") == 0
 
 
-def test_a_peer_whose_memory_cannot_be_read_is_unverified(
-    make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(failed_sessions, "MIN_VERIFY_PAUSE_S", 0.1)
+def test_a_peer_whose_memory_cannot_be_read_is_unverified(make_manager: MakeManager, metrics: Metrics) -> None:
     assert results(make_manager, metrics, Engine(read=-1), "unverified") == {"answered", "unverified"}
+
+
+def test_probes_that_were_ended_for_others_are_unanswered_with_the_time_that_they_took(
+    make_manager: MakeManager, metrics: Metrics
+) -> None:
+    engine = Engine()
+    with stopped_peers(40) as hung:
+        engine.probe.update({session: waits_for_a_reply_of(session) for session in hung})
+        manager = make_manager(engine)
+        blacklist(manager, *hung)
+        assert wait_until(lambda: metrics.probes().get("unanswered", 0) >= 8)
+        assert metrics.grown(f"{PROBE_DURATION}_sum") > 0.02 * 8  # from 30 ms after they were handed out on
+        assert set(metrics.probes()) == {"unanswered"}
+        manager.teardown()
+
+
+@pytest.mark.parametrize("why", ["reads hang", "no page"])
+def test_a_session_that_is_let_in_because_it_could_not_be_verified_is_counted_as_unproven(
+    why: str, make_manager: MakeManager, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INTERVAL, "0.3")
+    for module in (session_states, session_watch):
+        monkeypatch.setattr(module, "READ_HANGS_S", 0.1)
+    engine = Engine(read=PENDING if why == "reads hang" else 0)
+    engine.registers = -1 if why == "no page" else 0
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert metrics.reads(UNPROVEN, 1)
+    assert metrics.reads(RECOVERIES, 1)
+    engine.read = 0
 
 
 def test_each_duration_falls_into_a_bucket_that_tells_what_the_peer_does() -> None:
@@ -234,7 +275,7 @@ def test_a_manager_that_is_torn_down_leaves_nothing_in_the_gauges_and_the_next_o
         blacklist(manager, D, OTHER)
         assert metrics.reads(BLACKLISTED, 2)
         assert metrics.reads(IN_FLIGHT, 2)
-        assert metrics.grown(LIMIT) == manager.failed_sessions.most_stuck()
+        assert metrics.grown(LIMIT) == watch_of(manager).most_in_flight()
         manager.teardown()
         assert metrics.grown(BLACKLISTED) == metrics.grown(IN_FLIGHT) == metrics.grown(LIMIT) == 0
         assert metrics.grown(BLACKLISTINGS) == 2 * number

@@ -5,63 +5,258 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import pathlib
-import queue
 import socket
 import threading
-import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import pytest
-from fake_engine import REFUSED, Engine, raises
+from fake_engine import PENDING, REFUSED, Engine, raises, result_of
 from sglang.srt.disaggregation.mooncake import session_probe
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
-from sglang.srt.disaggregation.mooncake.failed_sessions import Verdict
-from sglang.srt.disaggregation.mooncake.session_probe import LATE_S, MemoryReader, Workers
+from sglang.srt.disaggregation.mooncake.probe_schedule import Call
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads
+from sglang.srt.disaggregation.mooncake.session_states import Verdict
 from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
 
 D = "decode:7001"
 SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
+WAITING, DONE, FAILED, TIMED_OUT = 0, 1, -1, -2
 
 
-def reader(engine: Any, registration: Any = SOME_MEMORY) -> MemoryReader:
-    return MemoryReader(engine, {D: registration}.get)
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once() -> None:
-    engine = Engine()
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+# Four reads that were begun together.
+
+
+class Batches:
+    """Reads of one peer whose batches have the status that a test gives them."""
+
+    def __init__(self, clock: Clock, number: int = 4) -> None:
+        self.status: dict[int, Any] = dict.fromkeys(range(1, number + 1), WAITING)
+        self.looks: list[int] = []
+        self.reads = Reads(self._check_status, clock)
+        for batch in self.status:
+            self.reads.add(batch)
+
+    def become(self, status: Any, *batches: int) -> None:
+        self.status.update(dict.fromkeys(batches or self.status, status))
+
+    def looked_at(self) -> list[int]:
+        """Which batches the next look asks about."""
+        self.looks.clear()
+        self.reads.look()
+        return self.looks
+
+    def _check_status(self, batch: int) -> Any:
+        self.looks.append(batch)
+        return result_of(self.status[batch])
+
+
+@pytest.fixture
+def batches(clock: Clock) -> Batches:
+    return Batches(clock)
+
+
+def test_a_peer_is_readable_when_all_four_reads_are_done_and_not_before(batches: Batches) -> None:
+    for batch in batches.status:
+        assert batches.reads.look() is None, "let in though one of its connections may be dead"
+        assert not batches.reads.have_ended()
+        batches.become(DONE, batch)
+    assert batches.reads.look() is Verdict.READABLE
+    assert batches.reads.have_ended()
+
+
+def test_a_batch_that_has_ended_is_never_looked_at_again(batches: Batches) -> None:
+    """Mooncake has let go of it."""
+    batches.become(DONE, 2)
+    batches.become(FAILED, 4)
+    assert batches.looked_at() == [1, 2, 3, 4]
+    assert batches.looked_at() == [1, 3]
+
+
+def test_a_read_that_is_seen_pending_after_a_tenth_of_a_second_makes_a_peer_readable_late(
+    batches: Batches, clock: Clock
+) -> None:
+    batches.become(DONE, 1, 2, 3)
+    clock.now += Reads.LATE_S
+    assert batches.reads.look() is None
+    batches.become(DONE)
+    assert batches.reads.look() is Verdict.READABLE_LATE, "bytes of a failed transfer may still land"
+
+
+@pytest.mark.parametrize("looks_before", [0, 1])
+def test_a_look_that_comes_late_makes_nothing_late(looks_before: int, batches: Batches, clock: Clock) -> None:
+    """In a busy interpreter the loop gets its turn after seconds; how long reads take is Mooncake's matter."""
+    clock.now += 0.9 * Reads.LATE_S
+    for _ in range(looks_before):
+        assert batches.reads.look() is None
+    batches.become(DONE)
+    clock.now += 5.0
+    assert batches.reads.look() is Verdict.READABLE
+
+
+@pytest.mark.parametrize(
+    ("status", "why"),
+    [
+        (FAILED, "gave -1"),
+        (3, "gave 3"),
+        (None, "gave None"),
+        (True, "gave True"),
+        (1.0, "gave 1.0"),
+        ("done", "gave 'done'"),
+        (raises(OSError(5)), "raised OSError(5)"),
+        (raises(SystemExit(3)), "raised SystemExit(3)"),
+    ],
+)
+def test_the_first_read_that_fails_decides_and_the_others_are_looked_at_until_they_end(
+    status: Any, why: str, batches: Batches
+) -> None:
+    batches.become(status, 3)
+    assert batches.reads.look() is Verdict.UNREADABLE
+    assert batches.reads.why == f"reading its memory {why}"
+    assert not batches.reads.have_ended()
+    assert batches.looked_at() == [1, 2, 4], "Mooncake keeps what nobody looks at for good"
+    batches.become(DONE, 1, 2)
+    batches.become(raises(OSError(7)), 4)
+    assert batches.reads.look() is Verdict.UNREADABLE
+    assert batches.reads.have_ended()
+    assert batches.reads.why == f"reading its memory {why}", "the first failure is the news"
+
+
+def test_a_batch_that_mooncake_has_given_up_has_failed_and_is_looked_at_until_it_lets_go_of_it(
+    batches: Batches,
+) -> None:
+    batches.become(DONE, 1, 2, 3)
+    batches.become(TIMED_OUT, 4)
+    assert batches.reads.look() is Verdict.UNREADABLE
+    assert batches.reads.why == "reading its memory gave -2"
+    assert batches.looked_at() == [4]
+    batches.become(FAILED, 4)
+    assert batches.looked_at() == [4]
+    assert batches.reads.have_ended()
+
+
+def test_reads_that_are_done_beside_one_that_could_not_be_begun_make_no_peer_readable(clock: Clock) -> None:
+    batches = Batches(clock, number=2)
+    batches.reads.failed("reading its memory was refused")
+    batches.become(DONE)
+    assert batches.reads.look() is Verdict.UNREADABLE
+    assert batches.reads.have_ended()
+
+
+# How they are begun.
+
+
+def reader(engine: Any, registration: Any = SOME_MEMORY, **options: Any) -> MemoryReader:
+    return MemoryReader(engine, {D: registration}.get, **options)
+
+
+def found(reads: Reads) -> tuple[Optional[Verdict], str]:
+    return reads.look(), reads.why
+
+
+BOTH_WAYS = pytest.mark.parametrize("reads_are", [["async"], ["sync"], ["async", "sync"]], ids="+".join)
+
+
+@BOTH_WAYS
+def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once(reads_are: list[str]) -> None:
+    engine = Engine(reads_are=reads_are)
     peer = reader(engine)
-    assert peer.verify(D) == (Verdict.READABLE, "")
-    assert peer.verify(D) == (Verdict.READABLE, "")
-    (scratch,) = {read[1] for read in engine.reads}
+    assert found(peer.begin(D)) == (Verdict.READABLE, "")
+    assert found(peer.begin(D)) == (Verdict.READABLE, "")
+    ((scratch, _),) = engine.registered
     assert scratch
     assert engine.reads == [(D, scratch, 8192, 8)] * 8, "four lanes a peer, each can be dead for itself"
+    assert not engine.batches
 
 
-@pytest.mark.parametrize(("late", "verdict"), [("read", Verdict.READABLE_LATE), ("probe", Verdict.READABLE)])
-def test_a_peer_of_which_one_read_has_to_wait_is_readable_late(
-    late: str, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_that_can_do_both_is_never_read_while_a_thread_waits() -> None:
+    engine = Engine(read=PENDING)
+    reads = reader(engine).begin(D)
+    assert reads.look() is None
+    assert len(engine.batches) == 4
+    engine.read = 0
+    assert found(reads) == (Verdict.READABLE, "")
+    assert not engine.batches
+
+
+@pytest.mark.parametrize("lacks", ["batch_transfer_async_read", "transfer_check_status"])
+def test_half_of_the_asynchronous_calls_is_none(lacks: str) -> None:
+    engine = Engine()
+    setattr(engine, lacks, None)
+    assert found(reader(engine).begin(D)) == (Verdict.READABLE, "")
+    assert not engine.batches
+    engine.transfer_sync_read = None  # type: ignore[assignment]
+    assert found(reader(engine).begin(D)) == (Verdict.CANNOT_TELL, "")
+
+
+def test_where_the_engine_cannot_read_the_handshake_decides_and_no_memory_is_registered() -> None:
+    engine = Engine(reads_are=[])
+    assert found(reader(engine).begin(D)) == (Verdict.CANNOT_TELL, "")
+    assert engine.registered == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "why"),
+    [
+        (0, "was refused"),
+        (None, "gave None"),
+        ("7", "gave '7'"),
+        (raises(OSError(5)), "raised OSError(5)"),
+        (raises(SystemExit(3)), "raised SystemExit(3)"),
+    ],
+)
+@pytest.mark.parametrize("begun_before", [0, 2])
+def test_a_read_that_cannot_be_begun_makes_a_peer_unreadable_and_those_before_it_are_looked_at(
+    batch: Any, why: str, begun_before: int
 ) -> None:
-    """The others return at once. A probe that waits says nothing of the connections that carry transfers."""
-    waits_s = iter([LATE_S])
-    now = 0.0
+    engine = Engine(read=PENDING)
+    begin, left = engine.batch_transfer_async_read, [None] * begun_before
 
-    def wait() -> int:
-        nonlocal now
-        now += next(waits_s, 0.0)
-        return 0
+    def refuses(*read: Any) -> Any:
+        return begin(*read) if left and not left.pop() else result_of(batch)
 
-    monkeypatch.setattr(session_probe.time, "monotonic", lambda: now)
-    engine = Engine(**{late: wait})
-    assert reader(engine).verify(D) == (verdict, "")
-    assert reader(engine).verify(D) == (Verdict.READABLE, "")
+    engine.batch_transfer_async_read = refuses  # type: ignore[method-assign]
+    reads = reader(engine).begin(D)
+    assert found(reads) == (Verdict.UNREADABLE, f"reading its memory {why}")
+    assert len(engine.batches) == begun_before, "goes on to begin reads of a peer that takes none"
+    engine.read = 0
+    reads.look()
+    assert reads.have_ended()
+    assert not engine.batches
 
 
-def test_memory_is_only_read_right_after_an_answer() -> None:
-    engine = Engine(probe=REFUSED)
-    assert reader(engine).verify(D) == (Verdict.UNANSWERED, "")
-    assert engine.reads == [], "a read of a stopped peer holds up transfers to live ones for a minute"
+def test_where_to_begin_a_read_waits_for_a_connection_one_is_enough_and_the_peer_is_readable_late(
+    clock: Clock,
+) -> None:
+    """As Mooncake before 0.3.13, which connects before it reads: four would keep a thread for as long as four do."""
+    engine, waits_s = Engine(), iter([0.001, 2.0, 0.001])
+    begin = engine.batch_transfer_async_read
+
+    def connects_first(*read: Any) -> Any:
+        clock.now += next(waits_s)
+        return begin(*read)
+
+    engine.batch_transfer_async_read = connects_first  # type: ignore[method-assign]
+    reads = reader(engine, clock=clock).begin(D)
+    assert len(engine.reads) == 2
+    assert found(reads) == (Verdict.READABLE_LATE, "")
+    assert not engine.batches
 
 
 @pytest.mark.parametrize(
@@ -74,17 +269,33 @@ def test_memory_is_only_read_right_after_an_answer() -> None:
         (raises(OSError(5)), "raised OSError(5)"),
     ],
 )
-def test_the_first_read_that_fails_makes_a_peer_unreadable_and_says_why(read: Any, why: str) -> None:
-    engine = Engine(read=read)
-    verdict, said = reader(engine).verify(D)
-    assert verdict is Verdict.UNREADABLE
-    assert why in said
+def test_the_first_synchronous_read_that_fails_makes_a_peer_unreadable_and_says_why(read: Any, why: str) -> None:
+    engine = Engine(read=read, reads_are=["sync"])
+    reads = reader(engine).begin(D)
+    assert found(reads) == (Verdict.UNREADABLE, f"reading its memory {why}")
+    assert reads.have_ended()
     assert len(engine.reads) == 1
 
 
-def test_a_read_that_fails_after_others_succeeded_makes_a_peer_unreadable() -> None:
+def test_a_synchronous_read_that_fails_after_others_succeeded_makes_a_peer_unreadable() -> None:
     rcs = iter([0, 0, 0, -1])
-    assert reader(Engine(read=lambda: next(rcs))).verify(D)[0] is Verdict.UNREADABLE
+    engine = Engine(read=lambda: next(rcs), reads_are=["sync"])
+    assert reader(engine).begin(D).look() is Verdict.UNREADABLE
+
+
+def test_a_peer_of_which_one_synchronous_read_has_to_wait_is_readable_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits_s = iter([Reads.LATE_S])
+    now = 0.0
+
+    def wait() -> int:
+        nonlocal now
+        now += next(waits_s, 0.0)
+        return 0
+
+    monkeypatch.setattr(session_probe.time, "monotonic", lambda: now)
+    peer = reader(Engine(read=wait, reads_are=["sync"]))
+    assert found(peer.begin(D)) == (Verdict.READABLE_LATE, "")
+    assert found(peer.begin(D)) == (Verdict.READABLE, "")
 
 
 @pytest.mark.parametrize(
@@ -101,13 +312,157 @@ def test_a_read_that_fails_after_others_succeeded_makes_a_peer_unreadable() -> N
     ids=repr,
 )
 def test_without_an_address_the_handshake_decides(registration: Any) -> None:
-    assert reader(Engine(), registration).verify(D) == (Verdict.CANNOT_TELL, "")
+    engine = Engine(read=-1)
+    assert found(reader(engine, registration).begin(D)) == (Verdict.CANNOT_TELL, "")
+    assert engine.reads == []
 
 
 def test_without_auxiliary_memory_the_kv_memory_is_read() -> None:
     engine = Engine()
-    assert reader(engine, PeerMemory(dst_kv_ptrs=[4096])).verify(D)[0] is Verdict.READABLE
+    assert reader(engine, PeerMemory(dst_kv_ptrs=[4096])).begin(D).look() is Verdict.READABLE
     assert {read[2] for read in engine.reads} == {4096}
+
+
+@pytest.mark.parametrize(
+    ("registers", "why"),
+    [
+        (-1, "Mooncake gave -1 when it was to register a page to read into"),
+        (None, "Mooncake gave None when it was to register a page to read into"),
+        (
+            raises(RuntimeError("GPU memory only")),
+            "Mooncake raised RuntimeError('GPU memory only') when it was to register a page to read into",
+        ),
+    ],
+)
+def test_a_page_that_mooncake_refuses_is_said_once_and_tried_again_after_ten_seconds(
+    registers: Any, why: str, clock: Clock
+) -> None:
+    """One refusal must not switch verification off for good, and each attempt costs milliseconds."""
+    said: list[str] = []
+    engine = Engine(read=-1)
+    peer = reader(engine, page_refused=said.append, clock=clock)
+    engine.registers = registers
+    for seconds in (0.0, 9.9, 0.2, 9.7, 0.2):
+        clock.now += seconds
+        assert found(peer.begin(D)) == (Verdict.CANNOT_TELL, why)
+    assert said == [why]
+    assert len(engine.registered) == 2, "tried again at each look, or never"
+    engine.registers = 0
+    clock.now += 10.0
+    assert found(peer.begin(D)) == (Verdict.UNREADABLE, "reading its memory gave -1")
+    assert {read[1] for read in engine.reads} == {engine.registered[-1][0]}, "reads into a page that was refused"
+
+
+# When they are looked at.
+
+
+def call(session: str = D) -> Call:
+    return Call(session, generation=1, asked_at=0.0, read=True)
+
+
+class Watched:
+    """PendingReads that are looked at whenever they want to be, as the daemon thread does, in virtual time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.pending = PendingReads(clock)
+        self.unwanted: set[str] = set()
+        self.told: list[tuple[str, Verdict, str]] = []
+        self._clock = clock
+
+    def begin(self, session: str = D) -> Batches:
+        batches = Batches(self._clock)
+        self.pending.add(call(session), batches.reads)
+        return batches
+
+    def run(self, seconds: float) -> list[float]:
+        """Lets time pass; gives the gaps between looks."""
+        end, gaps = self._clock.now + seconds, []
+        while (gap := self.pending.next_look_in()) is not None and self._clock.now + gap <= end:
+            self._clock.now += gap
+            gaps.append(round(gap, 6))
+            found = self.pending.look(lambda call: call.session not in self.unwanted)
+            self.told += [(call.session, verdict, why) for call, verdict, why in found]
+        self._clock.now = end
+        return gaps
+
+
+@pytest.fixture
+def watched(clock: Clock) -> Watched:
+    return Watched(clock)
+
+
+def test_reads_are_looked_at_at_once_soon_again_and_then_at_gaps_that_grow_to_fifty_milliseconds(
+    watched: Watched,
+) -> None:
+    watched.begin()
+    at_once, *gaps = watched.run(30.0)
+    assert at_once == 0.0
+    assert gaps == sorted(gaps)
+    assert gaps[0] == 0.001, "a live peer is done after a few milliseconds"
+    assert gaps[-1] == 0.05, "a data path that heals is seen late"
+    assert watched.told == []
+    assert len(gaps) < 30.0 / 0.05 + 60, "pending reads keep a core busy"
+
+
+def test_what_reads_have_shown_is_told_once_and_then_nothing_is_left_to_look_at(watched: Watched, clock: Clock) -> None:
+    batches = watched.begin()
+    watched.run(0.01)
+    batches.become(DONE)
+    watched.run(0.05)
+    assert watched.told == [(D, Verdict.READABLE, "")]
+    assert watched.pending.next_look_in() is None
+    assert watched.pending.look(lambda call: True) == []
+
+
+def test_the_failure_of_one_read_is_told_at_once_and_once_though_others_are_pending(watched: Watched) -> None:
+    batches = watched.begin()
+    batches.become(FAILED, 2)
+    watched.run(0.01)
+    told = [(D, Verdict.UNREADABLE, "reading its memory gave -1")]
+    assert watched.told == told
+    watched.run(60.0)
+    batches.become(FAILED)
+    watched.run(60.0)
+    assert watched.told == told
+    assert batches.reads.have_ended(), "Mooncake keeps what nobody looks at for good"
+    assert watched.pending.next_look_in() is None
+
+
+def test_reads_that_nobody_waits_for_are_looked_at_seldom_but_until_they_end(watched: Watched) -> None:
+    batches = watched.begin()
+    watched.unwanted.add(D)
+    gaps = watched.run(600.0)
+    assert gaps[-1] == 10.0
+    assert len(gaps) < 600.0 / 10.0 + 110
+    batches.become(DONE)
+    watched.run(10.0)
+    assert batches.reads.have_ended()
+    assert watched.pending.next_look_in() is None
+
+
+def test_reads_that_are_pending_hold_up_no_others(watched: Watched) -> None:
+    for number in range(100):
+        watched.begin(f"hangs:{number + 1}")
+    watched.run(20.0)
+    batches = watched.begin()
+    batches.become(DONE)
+    gaps = watched.run(0.01)
+    assert watched.told == [(D, Verdict.READABLE, "")]
+    assert gaps[0] == 0.0
+
+
+def test_looks_at_thousands_of_pending_reads_cost_a_few_hundredths_of_a_core(watched: Watched, clock: Clock) -> None:
+    peers = [watched.begin(f"hangs:{number + 1}") for number in range(2000)]
+    watched.run(10.0)
+    for batches in peers:
+        batches.looks.clear()
+    watched.run(10.0)
+    a_second = sum(len(batches.looks) for batches in peers) / 10.0
+    assert a_second < 25_000, "1 us each"
+    assert all(batches.looks for batches in peers)
+
+
+# A probe.
 
 
 @pytest.mark.parametrize(("mooncake", "rc"), [(Engine(), 0), (Engine(probe=REFUSED), REFUSED), (object(), -1)])
@@ -195,121 +550,9 @@ def test_a_peer_that_starts_or_is_stopped_between_the_two_probes_does_not_cut_th
         assert session_probe.ask_and_listen(ProbesByTcp(REFUSED), session) == rc
 
 
-# Lanes.
-
-
-class Lanes:
-    """Mooncake's four TCP lanes to a peer that refuses every read, as measured: a refused one costs its lane; with none
-    left the next fails at once, and the one after that waits for a second, on fresh lanes.
-    """
-
-    def __init__(self, lost: int) -> None:
-        self.lost = lost
-        self.now = 0.0
-        self.cools_until = 0.0
-        self.waits = 0
-
-    def __call__(self) -> int:
-        if self.lost == session_probe.LANES:
-            self.lost, self.cools_until = 0, self.now + 1.0
-        else:
-            self.lost += 1
-            if self.now < self.cools_until:
-                self.waits += 1
-                self.now = self.cools_until
-        return -1
-
-
-@pytest.mark.parametrize("lost", range(5))
-def test_a_look_in_vain_at_a_peer_that_was_gone_leaves_the_failure_that_connects_lanes_anew_to_no_request(
-    lost: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lanes = Lanes(lost)
-    monkeypatch.setattr(session_probe.time, "monotonic", lambda: lanes.now)
-    peer = reader(Engine(read=lanes))
-    for _ in range(5):
-        assert peer.verify(D, was_gone=True) == (Verdict.UNREADABLE, "reading its memory gave -1")
-        assert lanes.lost == 0, "the first request after a registration fails"
-        lanes.now += 1.1
-    assert lanes.waits <= 1, "a core spins for a second each time"
-
-
-def test_a_look_in_vain_at_a_peer_that_was_not_gone_is_one_read() -> None:
-    engine = Engine(read=-1)
-    reader(engine).verify(D)
-    assert len(engine.reads) == 1, "a second of a core each, while its data port rejects"
-
-
-def test_lanes_are_left_alone_where_every_read_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = Lanes(0)
-
-    def slow() -> int:
-        lanes.now += 2.0
-        return -1
-
-    monkeypatch.setattr(session_probe.time, "monotonic", lambda: lanes.now)
-    engine = Engine(read=slow)
-    reader(engine).verify(D, was_gone=True)
-    assert len(engine.reads) == 1
-
-
-# Threads.
-
-
-class Crew:
-    """Workers that are given jobs, and what comes back."""
-
-    def __init__(self) -> None:
-        self._workers = Workers("crew")
-        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def start(self, job: Callable[[Any], Any], subjects: Iterable[Any]) -> None:
-        self._workers.start(job, subjects, self._results)
-
-    def results(self, number: int) -> list[tuple[Any, Any, Any]]:
-        return [self._results.get(timeout=10) for _ in range(number)]
-
-    def close(self) -> None:
-        self._workers.close()
-
-
-@pytest.fixture
-def crew() -> Iterator[Crew]:
-    crew = Crew()
-    yield crew
-    crew.close()
-
-
-def test_jobs_that_return_at_once_are_done_by_one_thread_and_have_all_come_back_then(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session_probe, "MOST_RETURN_WITHIN_S", 10.0)
-    threads = set()
-    began = time.monotonic()
-    for _ in range(2):
-        crew.start(lambda _: threading.get_ident(), range(16))
-        assert crew._results.qsize() == 16, "the loop wakes for each answer, which costs more than the probe"
-        threads |= {thread for _, thread, _ in crew.results(16)}
-    assert len(threads) == 1, "a thread wakes for each probe, which costs as much as the probe"
-    assert time.monotonic() - began < 5.0, "answers that have come are left lying"
-
-
-@pytest.mark.parametrize("hung", [{0}, {3}, {0, 1, 15}, set(range(15))], ids=str)
-def test_jobs_that_hang_hold_up_none_that_were_started_with_them(crew: Crew, hung: set[int]) -> None:
-    goes_on = threading.Event()
-    crew.start(lambda number: goes_on.wait(30) if number in hung else None, range(16))
-    well = set(range(16)) - hung
-    came = {subject for subject, _, _ in crew.results(len(well))}
-    goes_on.set()
-    assert came == well, "a peer that is well is not asked for a minute"
-    crew.results(len(hung))
-
-
-def test_where_no_thread_can_be_had_each_job_comes_back_with_the_reason(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threading.Thread, "start", lambda _: raises(RuntimeError("can't start new thread"))())
-    crew.start(lambda _: None, range(16))
-    came = crew.results(16)
-    assert {subject for subject, _, _ in came} == set(range(16)), "a session is never asked again"
-    assert all("can't start new thread" in repr(error) for _, _, error in came)
+def test_one_look_is_at_so_many_peers_and_the_others_come_next(watched: Watched) -> None:
+    """Who looks at a thousand at a time hands over no answer meanwhile."""
+    for number in range(80):
+        watched.begin(f"decode:{number + 1}").become(DONE)
+    told = [len(watched.pending.look(lambda call: True, most=32)) for _ in range(4)]
+    assert told == [32, 32, 16, 0]

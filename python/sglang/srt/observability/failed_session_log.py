@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.disaggregation.mooncake import failed_sessions, session_probe
-from sglang.srt.disaggregation.mooncake.failed_sessions import Event
+from sglang.srt.disaggregation.mooncake import session_probe, session_watch
+from sglang.srt.disaggregation.mooncake.session_watch import Event
 
 _logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
 
@@ -49,7 +49,7 @@ class FailedSessionLog:
         """Says what happened to the session."""
         if event in (Event.RECOVERED, Event.DROPPED):
             self._raising.discard(session)
-        if event is Event.BLACKLISTED and not details["relapses"] and failed_sessions.is_session_id(session):
+        if event is Event.BLACKLISTED and not details["relapses"] and session_watch.is_session_id(session):
             self._say(
                 logging.WARNING,
                 "sessions blacklisted",
@@ -116,7 +116,7 @@ class FailedSessionLog:
 
     def probe_raised(self, session: str, error: BaseException) -> None:
         """Says it once a session, until that is let in again or forgotten."""
-        if session in self._raising or len(self._raising) >= failed_sessions.SAID_LIMIT:
+        if session in self._raising or len(self._raising) >= session_watch.SAID_LIMIT:
             return
         self._raising.add(session)
         self._say(
@@ -127,8 +127,16 @@ class FailedSessionLog:
             error,
         )
 
+    def page_refused(self, why: str) -> None:
+        """Says that no peer's memory can be read for now."""
+        _logger.warning(
+            "Failed-session probe: %s, so no peer's memory can be read for now: sessions are let in when they answer "
+            "probes. It is tried again",
+            why,
+        )
+
     def stuck(self, number: int, most: int) -> None:
-        """Says when as many probes hang as may; again only after half of them have come back."""
+        """Says when as many probes are under way as may be; again only after half of them have come back."""
         if number >= most and not self._crowded:
             self._crowded = True
             _logger.warning(

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
-from sglang.srt.disaggregation.mooncake.failed_sessions import Event
+from sglang.srt.disaggregation.mooncake.session_watch import Event
 
 _logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
 

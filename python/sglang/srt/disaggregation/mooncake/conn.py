@@ -7,6 +7,8 @@ smallest manager that sends blocks over a Mooncake engine, blacklists and recove
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import inspect
@@ -16,12 +18,15 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 # Under names that SGLang's module has not, because it is the same module.
 from sglang.srt.disaggregation.mooncake import failed_sessions as _blacklist
+from sglang.srt.disaggregation.mooncake import hung_call as _hung_call
+from sglang.srt.disaggregation.mooncake import probe_workers as _probe_workers
 from sglang.srt.disaggregation.mooncake import session_probe as _session_probe
+from sglang.srt.disaggregation.mooncake import session_states as _session_states
+from sglang.srt.disaggregation.mooncake import session_watch as _session_watch
 from sglang.srt.environ import FailedSessionProbeSettings
 from sglang.srt.observability import failed_session_log as _session_log
 from sglang.srt.observability import failed_session_metrics as _session_metrics
@@ -47,30 +52,27 @@ if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has it
 
 _PROBE_THREAD = "MooncakeFailedSessionProbe"
 _WORKER_THREAD = "MooncakeSessionWorker"
-# At a stop, how long probes that are about to return are waited for (a live peer takes 0.5 ms).
-_STOP_GRACE_S = 0.2
+# At a stop: how long calls that are about to return are waited for (a live peer takes 0.5 ms), and until when those
+# that hang have been ended (12 ms, all together).
+_STOP_GRACE_S = 0.1
+_STOP_WITHIN_S = 0.4
+# Where many are blacklisted, answers that come within so long are taken in together: each round costs 0.1 ms.
+_TOGETHER_S = 0.01
+_TOGETHER_S_PER_SESSION = 0.0001
 # Answers handed over in one hold of session_lock, which is to take microseconds.
 _ANSWERS_AT_A_TIME = 32
-# Threads that may hang in probes, as a share of those that the pod may have: eight ranks take half of them at most.
-_SHARE_OF_THREADS = 1 / 16
-_LEAST_STUCK_LIMIT = 64
-# The longest round is for two hundred blacklisted; with fewer it is shorter.
-_ROUND_S_PER_SESSION = 0.0005
 # What a prefill manager must have, and of which kind.
 _NEEDED = {"engine": object, "failed_sessions": set, "session_failures": dict}
 # After a fault of our own.
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
 _LONGEST_WAIT_S = 3600.0
-# How a verification is counted: its peer has answered, unless it has this verdict.
-_RESULT_OF_VERDICT = {
-    _blacklist.Verdict.UNREADABLE: "unverified",
-    _blacklist.Verdict.UNANSWERED: "unanswered",
-}
+# A probe that is refused comes back in under a millisecond.
+_REFUSED_WITHIN_S = 1.0
 
 
 class _ProbeShutdown(threading.Event):
-    """The event that stops the loop. The loop waits for its inbox alone, so setting it puts a line there."""
+    """The event that stops the loop. The loop waits for its inbox alone, so setting it puts a message there."""
 
     _inbox: queue.SimpleQueue[Any]
 
@@ -89,68 +91,81 @@ class _ProbeShutdown(threading.Event):
 
 
 class _FailedSessionProber:
-    """Carries questions from the blacklist of one prefill manager to the peers, and their answers back."""
+    """Carries calls from the watch over one prefill manager's sessions to the peers, and their answers back."""
 
     # Learnt in this process: reading a peer's memory proves nothing on its transport.
     reads_prove_nothing = False
 
-    def __init__(self, manager: Any, settings: FailedSessionProbeSettings, stuck_limit: int) -> None:
+    def __init__(self, manager: Any, settings: FailedSessionProbeSettings) -> None:
         """Takes over what is on the manager's blacklist. The caller holds ``session_lock``."""
         if self.reads_prove_nothing:
             settings = dataclasses.replace(settings, verify=False)
         self._settings = settings
         self._engine = manager.engine
         self._lock = manager.session_lock
-        # The loop may hold it at the moment of a fork, and is not in the child, which would wait for it for ever.
+        # If the probe thread holds session_lock during a fork, the child inherits a lock that nobody will release: make
+        # it anew there.
         if hasattr(self._lock, "_at_fork_reinit"):
             os.register_at_fork(after_in_child=self._lock._at_fork_reinit)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._reader = _session_probe.MemoryReader(manager.engine, lambda session: _registration(manager, session))
-        self._thread: Optional[threading.Thread] = None
         self._can_probe = _session_probe.can_probe(manager.engine)
         self._log = _session_log.FailedSessionLog(self._can_probe)
+        self._reader = _session_probe.MemoryReader(
+            manager.engine, lambda session: _registration(manager, session), self._log.page_refused
+        )
+        self._pending = _session_probe.PendingReads()
+        self._thread: Optional[threading.Thread] = None
         self.metrics = _session_metrics.FailedSessionMetrics()
         self._fault_said = False
         self.shutdown = _ProbeShutdown.of(
             getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event(), self._inbox
         )
-        self.sessions = _blacklist.FailedSessions(
+        self.watch = _session_watch.SessionWatch(
             settings,
             manager.failed_sessions,
             wake=functools.partial(self._inbox.put, None),
             on_removed=lambda session: manager.session_failures.pop(session, None),
             registration=lambda session: _registration(manager, session),
-            stuck_limit=stuck_limit,
             transfer_timeout_s=_transfer_timeout_s(),
         )
 
     def run(self) -> None:
         """The body of the daemon thread; returns when ``shutdown`` is set."""
         self._thread = threading.current_thread()
-        _session_probe.prepare_for_exit()  # before: what is registered last runs first
-        atexit.register(self.stop)
-        workers = _session_probe.Workers(_WORKER_THREAD)
+        atexit.register(self._stop_at_exit)
+        workers = _probe_workers.Workers(_WORKER_THREAD, self._make, self._inbox)
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():
             try:
-                _, wait_s = self._start_due(workers, self._inbox)
+                _, wait_s = self._start_due(workers)
                 workers.release_idle(keep=0 if wait_s is None else self._settings.concurrency)
                 if wait_s is None:
                     self._log.sum_up(at_once=True)  # it may be long until there is more to say
-                elif wait_s > 0.0:  # else more is due than one round lines up
-                    wait_s = max(wait_s, min(_blacklist.LONGEST_ROUND_S, _ROUND_S_PER_SESSION * len(self.sessions)))
-                self._hand_over(self._inbox, wait_s)
+                self._hand_over(self._inbox, self._sooner(wait_s))
             except Exception as fault:
                 self._say_fault(fault)
                 self.shutdown.wait(_PAUSE_AFTER_FAULT_S)
-        deadline = time.monotonic() + _STOP_GRACE_S
-        while self.sessions.in_flight() and (left_s := deadline - time.monotonic()) > 0:
-            self._hand_over(self._inbox, left_s)
-        self._report()
+        self._wind_up()
         workers.close()
+        self._report()
         self._log.sum_up(at_once=True)
         self.metrics.stop()
-        atexit.unregister(self.stop)
+        if not self.watch.in_flight():  # else the exit has to see to them
+            atexit.unregister(self._stop_at_exit)
+
+    def _sooner(self, wait_s: Optional[float]) -> Optional[float]:
+        """Until there is something to do, or pending reads are to be looked at."""
+        look_s = self._pending.next_look_in()
+        return look_s if wait_s is None else wait_s if look_s is None else min(wait_s, look_s)
+
+    def _wind_up(self) -> None:
+        """Hears the calls that are about to return, and ends the others."""
+        began = time.monotonic()
+        while self.watch.in_flight() and time.monotonic() < began + _STOP_WITHIN_S:
+            with contextlib.suppress(Exception):
+                if time.monotonic() >= began + _STOP_GRACE_S:
+                    _end_calls(self.watch.under_way())
+                self._hand_over(self._inbox, 0.01)
 
     def _say_fault(self, fault: Exception) -> None:
         if not self._fault_said:
@@ -160,100 +175,148 @@ class _FailedSessionProber:
             )
 
     def stop(self) -> None:
-        """Starts no more probes and waits for those about to return, 0.5 s at most. Any thread, no lock held."""
+        """Makes no more calls and ends those under way, within 0.5 s. Any thread, no lock held."""
         self.shutdown.set()
         if self._thread is not None:
-            self._thread.join(timeout=0.5)
+            self._thread.join(timeout=_STOP_WITHIN_S + 0.1)
+
+    def _stop_at_exit(self) -> None:
+        try:
+            self.stop()
+        finally:  # a signal handler may raise meanwhile
+            if self.watch.in_flight():
+                _hold_threads_that_terminate()
 
     def run_pass(self) -> None:
         """Asks side by side what is due now; returns when all have answered. Any thread, no lock held."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        workers = _session_probe.Workers(_WORKER_THREAD)
+        workers = _probe_workers.Workers(_WORKER_THREAD, self._make, answers)
         due_by, out = time.monotonic(), 0
-        left = 2 * len(self.sessions)  # a probe and a verification each: what falls due meanwhile is the loop's
+        left = 2 * len(self.watch.sessions)  # a probe and reads each: what falls due meanwhile is the loop's
         while True:
-            started = self._start_due(workers, answers, due_by)[0] if left > 0 else 0
+            started = self._start_due(workers, due_by)[0] if left > 0 else 0
             out, left = out + started, left - started
-            waits = left > 0 and self.sessions.waits_for_allowance() and not self.shutdown.is_set()
+            waits = left > 0 and self.watch.waits_for_allowance() and not self.shutdown.is_set()
             if not out and not waits:
                 break
-            # STUCK_AFTER_S: the next in line may have a place then.
-            out -= self._hand_over(answers, _blacklist.LONGEST_ROUND_S if waits else _blacklist.STUCK_AFTER_S)
+            out -= self._hand_over(answers, _session_watch.LONGEST_ROUND_S)
+        reads_until = time.monotonic() + _session_states.READ_HANGS_S
+        while (look_s := self._pending.next_look_in()) is not None and time.monotonic() < reads_until:
+            self._hand_over(answers, look_s)
+        self._report()
         workers.close()
 
-    def _start_due(
-        self, workers: _session_probe.Workers, answers: queue.SimpleQueue[Any], due_by: float = float("inf")
-    ) -> tuple[int, Optional[float]]:
-        """Starts what is due. Gives how many, and the seconds until more is, None while nothing is blacklisted."""
+    def _start_due(self, workers: _probe_workers.Workers, due_by: float = float("inf")) -> tuple[int, Optional[float]]:
+        """Makes the calls that are due and ends those whose places are wanted. Gives how many were made, and the
+        seconds until more are due, None while nothing is blacklisted.
+        """
         with self._lock:
-            questions = [] if self.shutdown.is_set() else self.sessions.take_due(due_by)
-            wait_s = self.sessions.next_due_in()
-        workers.start(self._look, questions, answers)
+            stopped = self.shutdown.is_set()
+            calls = [] if stopped else self.watch.take_due(due_by)
+            to_end = [] if stopped else self.watch.to_end()
+            wait_s = self.watch.next_due_in()
+        _end_calls(to_end)
+        workers.start(calls)
         self._report()
-        return len(questions), wait_s
+        return len(calls), wait_s
 
-    def _look(self, question: _blacklist.Question) -> tuple[Any, float]:
-        """Asks the peer, or verifies it; gives what came of it and the seconds it took. Runs on a worker thread."""
+    def _make(self, call: Any) -> _probe_workers.Answer:
+        """Probes the peer and, if it is to, begins to read its memory. Runs on a worker thread; may raise anything."""
         began = time.monotonic()
-        if question.verify:
-            outcome: Any = self._reader.verify(question.session, question.was_gone)
-        elif question.listen and self._can_probe:
-            outcome = _session_probe.ask_and_listen(self._engine, question.session)
+        if call.listen and self._can_probe:
+            rc = _session_probe.ask_and_listen(self._engine, call.session)
         else:
-            outcome = _session_probe.ask(self._engine, question.session)
-        return outcome, time.monotonic() - began
+            rc = _session_probe.ask(self._engine, call.session)
+        took_s = time.monotonic() - began
+        call.answered = rc == 0
+        reads = self._reader.begin(call.session) if call.read and call.answered else None
+        return _probe_workers.Answer(call, rc, took_s, reads)
 
     def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:
-        """Waits for answers, ``wait_s`` at most, and gives them to the blacklist. Gives how many there were."""
-        received = _received(answers, wait_s)
+        """Waits for answers, ``wait_s`` at most, and gives them and what reads have shown to the watch. Gives how many
+        answers there were.
+        """
+        received = _received(answers, wait_s, min(_TOGETHER_S, _TOGETHER_S_PER_SESSION * len(self.watch.sessions)))
         fault = None
         with self._lock:
-            for question, result, error in received:
+            for answer in received:
                 try:
-                    if question.verify:
-                        verdict, why = (_blacklist.Verdict.UNANSWERED, "") if error is not None else result[0]
-                        self.sessions.verified(question, verdict, why)
-                    else:
-                        rc = None if error is not None else result[0]
-                        self.sessions.answered(question, rc == 0, cut_short=rc == _session_probe.CUT_SHORT)
+                    self._tell_answer(answer)
                 except Exception as raised:  # the other answers count all the same
                     fault = raised
-                    self.sessions.lost(question)
+                    self.watch.lost(answer.call)
+        for answer in received:
+            if answer.reads is not None:  # only now: another thread may look at once
+                self._pending.add(answer.call, answer.reads)
+        shown = self._pending.look(self.watch.waits_for, most=_ANSWERS_AT_A_TIME)
+        if shown:
+            with self._lock:
+                for call, verdict, why in shown:
+                    try:
+                        self.watch.read(call, verdict, why)
+                    except Exception as raised:
+                        fault = raised
+                        self.watch.lost(call)
         if fault is not None:
             self._say_fault(fault)
-        self.metrics.probed([self._ended(*answer) for answer in received])
+        for answer in received:
+            if answer.error is not None:
+                self._log.probe_raised(answer.call.session, answer.error)
+        self.metrics.probed([*map(self._counted, received), *((_counted_as(verdict), None) for _, verdict, _ in shown)])
         return len(received)
 
-    def _ended(
-        self, question: _blacklist.Question, result: Any, error: Optional[BaseException]
-    ) -> tuple[str, Optional[float]]:
-        """How an answer is counted, and the seconds that a probe took. Says what was raised."""
-        if error is not None:
-            self._log.probe_raised(question.session, error)
+    def _tell_answer(self, answer: _probe_workers.Answer) -> None:
+        """Gives one answer to the watch. The caller holds ``session_lock``."""
+        self.watch.answered(
+            answer.call,
+            answered=answer.rc == 0,
+            refused=answer.error is None and answer.took_s < _REFUSED_WITHIN_S and not answer.call.ended,
+            cuts_short=answer.rc == _session_probe.CUT_SHORT,
+            reading=answer.reads is not None,
+        )
+
+    def _counted(self, answer: _probe_workers.Answer) -> tuple[str, Optional[float]]:
+        """As what a probe is counted, and the seconds that it took."""
+        if answer.error is not None:
             return "error", None
         if not self._can_probe:
             return "unavailable", None
-        outcome, took_s = result
-        if question.verify:
-            return _RESULT_OF_VERDICT.get(outcome[0], "answered"), None
-        return "answered" if outcome == 0 else "unanswered", took_s
+        return "answered" if answer.rc == 0 else "unanswered", answer.took_s
 
     def _report(self) -> None:
         """Logs and counts what happened since the last time. No lock held."""
         while True:
             try:
-                event, session, details = self.sessions.events.popleft()
+                event, session, details = self.watch.events.popleft()
             except IndexError:  # another thread may report too
                 break
-            if event is _blacklist.Event.RECOVERED:
+            if event is _session_watch.Event.RECOVERED:
                 _count_recoveries(1)
-            elif event is _blacklist.Event.VERIFICATION_OFF:
+            elif event is _session_watch.Event.VERIFICATION_OFF:
                 type(self).reads_prove_nothing = True
             self.metrics.heard(event, details)
             self._log.heard(event, session, details)
-        self.metrics.show(len(self.sessions), self.sessions.in_flight())
-        self._log.stuck(self.sessions.stuck(), self.sessions.most_stuck())
+        self.metrics.show(len(self.watch.sessions), self.watch.in_flight())
+        self._log.stuck(self.watch.in_flight(), self.watch.most_in_flight())
         self._log.sum_up()
+
+
+def _counted_as(verdict: _session_states.Verdict) -> str:
+    """As what reads are counted that have ended."""
+    return "unverified" if verdict is _session_states.Verdict.UNREADABLE else "answered"
+
+
+def _hold_threads_that_terminate() -> None:
+    """Has a thread that comes back from Mooncake while the interpreter shuts down wait for the end of the process.
+
+    The interpreter (before 3.14) ends such a thread, which C++ answers with ``std::terminate`` and an abort. Only where
+    a call could not be ended: a genuine terminate would wait, too.
+    """
+    with contextlib.suppress(Exception):
+        pause = ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p)
+        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+        set_terminate.argtypes, set_terminate.restype = [ctypes.c_void_p], ctypes.c_void_p
+        set_terminate(pause)
 
 
 def _registration(manager: Any, session: Any) -> Any:
@@ -261,24 +324,28 @@ def _registration(manager: Any, session: Any) -> Any:
     return getattr(manager, "decode_kv_args_table", {}).get(session)
 
 
-def _most_stuck_probes() -> int:
-    """How many threads may hang in probes: few in a pod that may have few, where several ranks share them."""
-    pod_limit = _session_probe.thread_limit_of_pod()
-    if pod_limit is None:
-        return _blacklist.STUCK_LIMIT
-    return max(_LEAST_STUCK_LIMIT, min(_blacklist.STUCK_LIMIT, int(pod_limit * _SHARE_OF_THREADS)))
+def _end_calls(calls: list[Any]) -> None:
+    """Ends those of the calls that hang and can be ended. No lock held."""
+    for call in calls:
+        thread = call.thread
+        if thread and _hung_call.end_call(thread, call.session, lambda: call.thread == thread):  # noqa: B023
+            call.ended = True
 
 
-def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> list[Any]:
-    """What comes within ``wait_s`` seconds (None: until something comes), without the lines that only wake."""
-    lines: list[Any] = []
+def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float], together_s: float = 0.0) -> list[Any]:
+    """What comes within ``wait_s`` seconds (None: until something comes) and ``together_s`` after the first, without
+    the messages that only wake.
+    """
+    messages: list[Any] = []
     try:
-        lines.append(answers.get(timeout=None if wait_s is None else min(wait_s, _LONGEST_WAIT_S)))
-        while len(lines) < _ANSWERS_AT_A_TIME:
-            lines.append(answers.get_nowait())
+        messages.append(answers.get(timeout=None if wait_s is None else min(wait_s, _LONGEST_WAIT_S)))
+        if together_s and answers.empty():
+            time.sleep(together_s)
+        while len(messages) < _ANSWERS_AT_A_TIME:
+            messages.append(answers.get_nowait())
     except queue.Empty:
         pass
-    return [line for line in lines if line is not None]
+    return [message for message in messages if message is not None]
 
 
 def _transfer_timeout_s() -> float:
@@ -286,7 +353,7 @@ def _transfer_timeout_s() -> float:
     try:
         return float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
     except ValueError:
-        return _blacklist.TRANSFER_TIMEOUT_S
+        return _session_states.TRANSFER_TIMEOUT_S
 
 
 def _count_recoveries(number: int) -> None:
@@ -304,24 +371,30 @@ def _run_bare_pass(manager: Any) -> None:
     """
     failures = manager.session_failures
     with manager.session_lock:
-        counts = dict.fromkeys(filter(_blacklist.is_session_id, manager.failed_sessions))
+        counts = dict.fromkeys(filter(_session_watch.is_session_id, manager.failed_sessions))
         for session in counts.keys() & failures.keys():
             counts[session] = failures[session] = _FailureCount(failures[session])
-    unasked = _blacklist.FailedSessions(FailedSessionProbeSettings(), counts)
-    workers = _session_probe.Workers(_WORKER_THREAD)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    workers = _probe_workers.Workers(
+        _WORKER_THREAD,
+        lambda call: _probe_workers.Answer(call, _session_probe.ask(manager.engine, call.session)),
+        answers,
+    )
+    unasked = _session_watch.SessionWatch(FailedSessionProbeSettings(verify=False), counts)
     shutdown = getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event()
-    while len(unasked) and (unasked.in_flight() or not shutdown.is_set()):
-        questions = [] if shutdown.is_set() else unasked.take_due()
-        workers.start(lambda asked: _session_probe.ask(manager.engine, asked.session), questions, answers)
-        for question, rc, error in _received(answers, unasked.next_due_in()):
-            session = question.session
-            unasked.answered(question, False)
-            unasked.discard(session)
-            if error is not None:
-                _probe_logger.warning("Probing session %s raised %r", session, error)
+    while len(unasked.sessions) and (unasked.in_flight() or not shutdown.is_set()):
+        if not shutdown.is_set():
+            workers.start(unasked.take_due())
+            _end_calls(unasked.to_end())
+        for answer in _received(answers, unasked.next_due_in()):
+            session = answer.call.session
+            unasked.lost(answer.call)
+            unasked.sessions.discard(session)
+            if answer.error is not None:
+                _probe_logger.warning("Probing session %s raised %r", session, answer.error)
             with manager.session_lock:
-                back = rc == 0 and session in manager.failed_sessions and failures.get(session) is counts[session]
+                is_same = failures.get(session) is counts[session]
+                back = answer.rc == 0 and session in manager.failed_sessions and is_same
                 if back:
                     manager.failed_sessions.discard(session)
                     failures.pop(session, None)
@@ -353,12 +426,11 @@ def _run_one_probe_pass(self: Any) -> None:
 
 def _prober_of(manager: Any) -> _FailedSessionProber:
     """The manager's prober. The first call swaps the blacklist, whatever SGLang's threads do meanwhile."""
-    stuck_limit = _most_stuck_probes()
     with manager.session_lock:
         prober = getattr(manager, "_failed_session_prober", None)
         if prober is None:
-            prober = _FailedSessionProber(manager, FailedSessionProbeSettings.from_environment(), stuck_limit)
-            manager.failed_sessions = prober.sessions
+            prober = _FailedSessionProber(manager, FailedSessionProbeSettings.from_environment())
+            manager.failed_sessions = prober.watch.sessions
             manager._failed_session_prober = prober
             manager._failed_session_probe_shutdown = prober.shutdown
         return prober
@@ -385,7 +457,7 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
             _give_blacklist_back(manager)
             raise
         getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
-    prober.metrics.start(prober.sessions.most_stuck())
+    prober.metrics.start(prober.watch.most_in_flight())
     _count_recoveries(0)
 
 
@@ -469,99 +541,11 @@ def patch_failed_session_probe(patch: _Patch, sglang: dict[str, Any]) -> None:
 
 
 if "MooncakeKVManager" not in globals():
+    from sglang.srt.disaggregation.mooncake.standalone_manager import KVTransferError, MooncakeKVManager, PeerMemory
 
-    class KVTransferError(Exception):
-        """Blocks were not sent; the message says why."""
-
-    @dataclasses.dataclass(frozen=True)
-    class PeerMemory:
-        """What a decode process registers with a prefill process: the addresses of its memory."""
-
-        dst_kv_ptrs: list[int]
-        dst_aux_ptrs: list[int] = dataclasses.field(default_factory=list)
-
-    class MooncakeKVManager:
-        """Sends blocks of memory over a Mooncake engine, blacklists sessions and lets them in again.
-
-        ``SGLANG_HOST_IP`` (127.0.0.1) and ``MOONCAKE_PROTOCOL`` (rdma) choose the address and the transport.
-        """
-
-        _failed_session_probe_loop = _failed_session_probe_loop
-        _run_one_probe_pass = _run_one_probe_pass
-
-        def __init__(
-            self, args: Any, disaggregation_mode: Any, server_args: Any = None, is_mla_backend: bool = False
-        ) -> None:
-            """Registers ``args.kv_data_ptrs`` and ``aux_data_ptrs`` (``kv_data_lens``, ``aux_data_lens`` bytes).
-
-            ``disaggregation_mode`` is "prefill" or "decode". Raises ValueError for a wrong setting and RuntimeError
-            if Mooncake does not start or does not take the memory.
-            """
-            self.kv_args = args
-            self.disaggregation_mode = disaggregation_mode
-            self._worker_threads: list[threading.Thread] = []
-            self.decode_kv_args_table: dict[str, PeerMemory] = {}
-            self.init_engine()
-            self.register_buffer_to_engine()
-            if getattr(disaggregation_mode, "value", disaggregation_mode) == "prefill":
-                self.session_failures: dict[str, int] = defaultdict(int)
-                self.failed_sessions: set[str] = set()
-                self.session_lock = threading.Lock()
-
-        def init_engine(self) -> None:
-            """Starts the Mooncake engine of this manager."""
-            from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
-
-            self.engine = MooncakeTransferEngine(os.environ.get("SGLANG_HOST_IP", "127.0.0.1"))
-
-        def register_buffer_to_engine(self) -> None:
-            """Registers the memory with the engine; raises RuntimeError if it is not taken."""
-            rc = self.engine.batch_register(*self._regions())
-            if rc != 0:
-                raise RuntimeError(f"Mooncake did not register the memory (rc {rc}).")
-
-        def _regions(self) -> tuple[list[int], list[int]]:
-            args = self.kv_args
-            return [*args.kv_data_ptrs, *args.aux_data_ptrs], [*args.kv_data_lens, *args.aux_data_lens]
-
-        def get_session_id(self) -> str:
-            """``host:port`` under which this manager's memory is reached."""
-            return self.engine.get_session_id()
-
-        def register_decode(self, session_id: str, memory: PeerMemory) -> None:
-            """A decode process (again) tells its memory, which takes it off the blacklist. Any thread."""
-            with self.session_lock:
-                self.failed_sessions.discard(session_id)
-                self.session_failures.pop(session_id, None)
-                self.decode_kv_args_table[session_id] = memory
-
-        def send_blocks(self, session_id: str, blocks: list[tuple[int, int, int]]) -> None:
-            """Writes blocks (address here, address there, bytes) to a decode process and waits until they are there.
-
-            Raises KVTransferError if the session is blacklisted, and if the transfer fails, which blacklists it.
-            Any thread.
-            """
-            with self.session_lock:
-                if session_id in self.failed_sessions:
-                    raise KVTransferError(
-                        f"Decode instance could be dead, remote mooncake session {session_id} is not alive"
-                    )
-            sources, destinations, lengths = (list(column) for column in zip(*blocks, strict=True))
-            rc = self.engine.batch_transfer_sync(session_id, sources, destinations, lengths)
-            if rc != 0:
-                with self.session_lock:
-                    self.session_failures[session_id] += 1
-                    self.failed_sessions.add(session_id)
-                raise KVTransferError(f"Failed to send {len(blocks)} blocks to {session_id} (rc {rc})")
-
-        def teardown(self) -> None:
-            """Stops the threads and takes the registration of the memory back."""
-            if hasattr(self, "_failed_session_probe_shutdown"):
-                self._failed_session_probe_shutdown.set()
-            for thread in self._worker_threads:
-                thread.join(timeout=3.0)
-            self.engine.batch_deregister(self._regions()[0])
-
+    __all__ = ["KVTransferError", "MooncakeKVManager", "PeerMemory"]
+    MooncakeKVManager._failed_session_probe_loop = _failed_session_probe_loop  # type: ignore[attr-defined]
+    MooncakeKVManager._run_one_probe_pass = _run_one_probe_pass  # type: ignore[attr-defined]
     MooncakeKVManager.__init__ = _with_failed_session_probe(  # type: ignore[method-assign]
         MooncakeKVManager.__init__, patch=None
     )

@@ -1,0 +1,126 @@
+"""How is a call into the engine ended that hangs in the kernel, waiting for a peer?
+
+The kernel tells in which system call a thread waits, and for which descriptor. A copy of that descriptor refers to the
+same socket whatever becomes of the number meanwhile, and shutting the copy down ends the wait: the probe is then
+unanswered, as if the peer had hung up.
+
+1. The number is read, 2. the call may return and the number be given to another socket, 3. the copy is made: it may be
+another's. So the thread must still wait in the same call at the same place after 3, and a socket that is connected must
+be connected to the peer. Where the kernel does not tell (gVisor), nothing is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import platform
+import socket
+import struct
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+# The system calls in which Mooncake waits for a peer, by machine and number. These have the descriptor as their first
+# argument: connect, read, recvfrom, recvmsg.
+WAIT_FOR_DESCRIPTOR = {
+    "x86_64": {42: "connect", 0: "read", 45: "recvfrom", 47: "recvmsg"},
+    "aarch64": {203: "connect", 63: "read", 207: "recvfrom", 212: "recvmsg"},
+}
+# These have a struct pollfd* and how many of them there are. The C library of ARM knows ppoll alone.
+WAIT_IN_POLL = {"x86_64": {7: "poll", 271: "ppoll"}, "aarch64": {73: "ppoll"}}
+
+
+class Wait(NamedTuple):
+    """Where a thread waits: the system call and its place in the program, and the descriptor that it waits for."""
+
+    call: str
+    stack_pointer: str
+    instruction: str
+    descriptor: int
+
+
+def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
+    """Ends the wait of a thread of this process (the kernel's id) for a session's peer; True if that was done.
+
+    ``is_in_call()`` says whether the thread is still at the call that is meant. Blocks not; any thread, no lock held.
+    Raises nothing.
+    """
+    wait = wait_of(thread)
+    if wait is None:
+        return False
+    try:
+        copy = os.dup(wait.descriptor)
+    except OSError:  # it is closed, or the process has no descriptor left
+        return False
+    try:
+        connection = socket.socket(fileno=copy)
+    except OSError:  # no socket
+        os.close(copy)
+        return False
+    with connection:
+        try:
+            if wait_of(thread) != wait or not is_in_call() or not _may_be_of(connection, session):
+                return False
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return False
+    return True
+
+
+def wait_of(thread: int, machine: str = platform.machine()) -> Optional[Wait]:
+    """Where a thread of this process waits for a peer; None if it does not, or if the kernel does not tell."""
+    try:
+        return _parsed(_bytes_at(f"/proc/self/task/{thread}/syscall", 0, 256).decode(), machine)
+    except (OSError, ValueError, struct.error):  # the thread has ended, or there is no such file
+        return None
+
+
+def _parsed(text: str, machine: str) -> Optional[Wait]:
+    words = text.split()
+    if len(words) < 9:  # "running", or waiting in no system call
+        return None
+    number, first, second = int(words[0]), int(words[1], 16), int(words[2], 16)
+    *_, stack_pointer, instruction = words
+    if name := WAIT_FOR_DESCRIPTOR.get(machine, {}).get(number):
+        return Wait(name, stack_pointer, instruction, first)
+    if (name := WAIT_IN_POLL.get(machine, {}).get(number)) and second == 1:
+        return Wait(name, stack_pointer, instruction, _descriptor_at(first))
+    return None
+
+
+def _descriptor_at(address: int) -> int:
+    """The descriptor of the struct pollfd there. Read as a file: the memory may be gone when the thread is."""
+    (descriptor,) = struct.unpack("i", _bytes_at("/proc/self/mem", address, 4))
+    return int(descriptor)
+
+
+def _bytes_at(path: str, offset: int, number: int) -> bytes:
+    """By the system calls themselves: a file object costs six times as much, some hundred times a second."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(file, number, offset)
+    finally:
+        os.close(file)
+
+
+def _may_be_of(connection: socket.socket, session: str) -> bool:
+    """True unless the socket is connected to somebody else than the session's peer."""
+    try:
+        peer = connection.getpeername()
+    except OSError:  # not connected yet
+        return connection.type == socket.SOCK_STREAM
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    host, _, port = session.rpartition(":")
+    if peer[1] != int(port):
+        return False
+    if peer[0] == host:
+        return True
+    with contextlib.suppress(ValueError):  # a name: its address is not looked up here
+        return _plain(host.strip("[]")) == _plain(peer[0])
+    return True
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip

@@ -1,0 +1,202 @@
+"""Who is probed next, and may it be now? One heap, places for what is under way, and the allowance of a second.
+
+Plain code without a clock, a lock or a thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+from sglang.srt.disaggregation.mooncake.session_states import Session
+
+NEVER = float("inf")
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """A probe under way, with reads after it if ``read``. Its answer counts only for the generation it was made in."""
+
+    session: str
+    generation: int
+    asked_at: float
+    read: bool = False
+    listen: bool = False  # if it is refused, does the peer take connections all the same?
+    answered: bool = False  # the probe was; what has not come back yet are the reads
+    thread: int = 0  # the kernel's id of the worker thread that is in the engine for it, 0 before and after
+    end_tried_at: float = -NEVER
+    ended: bool = False  # it hung, and was ended
+
+
+class Entry(NamedTuple):
+    """When a session comes up: to be probed, or for the end of its blacklisting or probation."""
+
+    at: float
+    tie: int  # orders the entries of one moment
+    session: Session
+    is_end: bool
+
+    def is_outdated(self) -> bool:
+        """True if the session is to be probed at another time."""
+        return not self.is_end and self.at != self.session.due_at
+
+
+class DueHeap:
+    """Which session comes up first? Entries that are outdated stay until they come up."""
+
+    def __init__(self) -> None:
+        self._heap: list[Entry] = []
+        self._ties = itertools.count()
+
+    def probe_at(self, session: Session, at: float) -> None:
+        """The session is to be probed then, and at no other time."""
+        session.due_at = at
+        heapq.heappush(self._heap, Entry(at, next(self._ties), session, False))
+
+    def check_end(self, session: Session, at: float) -> None:
+        """The session comes up then for its end, if it does not do so before."""
+        if not session.has_end_check:
+            session.has_end_check = True
+            heapq.heappush(self._heap, Entry(at, next(self._ties), session, True))
+
+    def first(self) -> Optional[Entry]:
+        """The first entry, None if there is none."""
+        return self._heap[0] if self._heap else None
+
+    def pop(self) -> None:
+        """Takes the first entry off."""
+        entry = heapq.heappop(self._heap)
+        if entry.is_end:
+            entry.session.has_end_check = False
+        elif not entry.is_outdated():
+            entry.session.due_at = NEVER
+
+    def due(self, now: float, most: int) -> int:
+        """How many entries are due, counted up to ``most``."""
+        found, left = 0, [0]
+        while left and found < most:
+            index = left.pop()
+            if index < len(self._heap) and self._heap[index][0] <= now:
+                found += 1
+                left += (2 * index + 1, 2 * index + 2)
+        return found
+
+    def clear(self) -> None:
+        """Forgets every session."""
+        self._heap.clear()
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+
+class Places:
+    """What may be under way at a time: ``concurrency`` young calls, and as many again that hang."""
+
+    # A live peer answers within 0.5 ms (p99). Sixteen that hang must have made room when as many more may be asked (45
+    # ms), so that one that is well among hundreds that hang is asked in time.
+    YOUNG_S = 0.03
+    # From one attempt to end a call to the next: it may be on its way back, or its thread cannot be seen.
+    TRY_AGAIN_S = 0.25
+
+    def __init__(self, concurrency: int) -> None:
+        self.concurrency = concurrency
+        self._young: dict[Call, None] = {}  # in the order in which they were made
+        self._hanging: dict[Call, None] = {}
+
+    @property
+    def most(self) -> int:
+        """So many calls are under way at most."""
+        return 2 * self.concurrency
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._hanging)
+
+    def __iter__(self) -> Iterator[Call]:
+        return itertools.chain(self._hanging, self._young)
+
+    def __contains__(self, call: object) -> bool:
+        return call in self._hanging or call in self._young
+
+    def hanging(self) -> int:
+        """How many calls hang."""
+        return len(self._hanging)
+
+    def take(self, call: Call) -> None:
+        """The call takes a place."""
+        self._young[call] = None
+
+    def free(self, call: Call) -> None:
+        """The call has come back."""
+        self._young.pop(call, None)
+        self._hanging.pop(call, None)
+
+    def age(self, now: float) -> None:
+        """Calls that are no longer young hang."""
+        for call in list(self._grown_up(now)):
+            del self._young[call]
+            self._hanging[call] = None
+
+    def _grown_up(self, now: float) -> Iterator[Call]:
+        return itertools.takewhile(lambda call: now >= call.asked_at + self.YOUNG_S, self._young)
+
+    def is_free(self) -> bool:
+        """True if one more call may be made."""
+        return len(self._young) < self.concurrency and len(self) < self.most
+
+    def oldest_hanging(self, now: float, wanted: int) -> list[Call]:
+        """The calls to end so that ``wanted`` places more are free; those that are being ended count."""
+        if len(self) < self.most:
+            return []
+        calls = itertools.islice(self._hanging, wanted)
+        return [call for call in calls if now >= call.end_tried_at + self.TRY_AGAIN_S]
+
+    def free_at(self, now: float) -> float:
+        """When there may be a place, if no call comes back before."""
+        if len(self) < self.most and self._young:
+            return next(iter(self._young)).asked_at + self.YOUNG_S
+        return now + self.TRY_AGAIN_S
+
+
+class Allowance:
+    """How many calls may be made in a second, all sessions together."""
+
+    # A probe costs 0.1 ms of CPU with all that is around it: 350 a second are 4 % of a core, and as many for each peer
+    # when a thousand prefill ranks lose a thousand decode ranks. A rack of 64 is asked at once, then 16 at a time.
+    PER_S = 350.0
+    AT_ONCE = 64.0
+    AT_A_TIME = 16.0
+
+    def __init__(self, interval_s: float, now: float) -> None:
+        self._interval_s = interval_s
+        self._left = self.AT_ONCE
+        self._renewed_at = now
+
+    def renew(self, now: float, blacklisted: int, longest_round_s: float) -> None:
+        """Adds what was earned since the last time; what a round of the daemon thread leaves to the next is kept."""
+        per_s = self._per_s(blacklisted)
+        earned = (now - self._renewed_at) * per_s
+        self._left = min(max(self.AT_ONCE, longest_round_s * per_s), self._left + earned)
+        self._renewed_at = now
+
+    def left(self) -> int:
+        """So many calls may be made now."""
+        return int(self._left)
+
+    def spend(self) -> None:
+        """A call is made."""
+        self._left -= 1.0
+
+    def more_at(self, blacklisted: int) -> float:
+        """When the next calls may be made."""
+        return self._renewed_at + (self.AT_A_TIME - self._left) / self._per_s(blacklisted)
+
+    def round_s(self, blacklisted: int) -> float:
+        """In so many seconds all can be called once."""
+        return blacklisted / self._per_s(blacklisted)
+
+    def _per_s(self, blacklisted: int) -> float:
+        """More for a blacklist that could not be asked in INTERVAL otherwise."""
+        return max(self.PER_S, 1.1 * blacklisted / self._interval_s)

@@ -1,0 +1,124 @@
+"""On which threads are probes made, and what comes back from them?"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Optional
+
+from sglang.srt.disaggregation.mooncake.probe_schedule import Call
+from sglang.srt.disaggregation.mooncake.session_probe import Reads
+
+
+@dataclasses.dataclass
+class Answer:
+    """What came of a call."""
+
+    call: Call
+    rc: Optional[int] = None  # of the probe, None if it raised
+    took_s: float = 0.0
+    reads: Optional[Reads] = None  # begun because the peer answered
+    error: Optional[BaseException] = None
+
+
+class Workers:
+    """Daemon threads that make calls: those that return at once one after another on one thread, because to wake a
+    thread costs as much as a refused probe, all others side by side. Start calls from one thread only.
+    """
+
+    # Sixteen refused probes take 0.7 ms one after another. What has not begun by then gets a thread of its own.
+    MOST_RETURN_WITHIN_S = 0.002
+
+    def __init__(self, name: str, make: Callable[[Call], Answer], answers: queue.SimpleQueue[Any]) -> None:
+        """``make(call)`` runs on the threads, and may raise anything; ``answers`` gets what it returns."""
+        self._name = name
+        self._make = make
+        self._answers = answers
+        self._handed_out: queue.SimpleQueue[Optional[Call]] = queue.SimpleQueue()
+        self._waiting: collections.deque[Call] = collections.deque()  # for a thread that is through with its call
+        self._none_waits = threading.Event()
+        self._idle = 0
+        self._idle_lock = threading.Lock()
+        self._closed = False
+        self._threads: set[threading.Thread] = set()
+
+    def start(self, calls: Iterable[Call]) -> None:
+        """Makes each call. Returns when each has a thread, MOST_RETURN_WITHIN_S later at most; a single one has it at
+        once.
+        """
+        self._waiting.extend(calls)
+        self._none_waits.clear()
+        self._start_next()
+        if self._waiting:
+            self._none_waits.wait(self.MOST_RETURN_WITHIN_S)
+        while self._waiting:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        """Gives the call that waits longest an idle thread, or a new one."""
+        call = self._next_waiting()
+        if call is None:
+            return
+        if not self._take_idle(1):
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except Exception as error:  # the process has no thread or no memory left
+                self._threads.discard(thread)
+                self._answers.put(Answer(call, error=error))
+                return
+        self._handed_out.put(call)
+
+    def _next_waiting(self) -> Optional[Call]:
+        try:
+            return self._waiting.popleft()
+        except IndexError:
+            return None
+
+    def release_idle(self, keep: int = 0) -> None:
+        """Ends all idle threads but ``keep``."""
+        for _ in range(self._take_idle(self._idle - keep)):
+            self._handed_out.put(None)
+
+    def _take_idle(self, number: int) -> int:
+        """Counts on so many idle threads, or on as many as there are; gives how many."""
+        with self._idle_lock:
+            taken = max(0, min(number, self._idle))
+            self._idle -= taken
+            return taken
+
+    def close(self) -> None:
+        """Ends every thread as soon as it has nothing to do, and waits 0.05 s for that. Start no call after this."""
+        self._closed = True
+        self._handed_out.put(None)
+        until = time.monotonic() + 0.05
+        for thread in list(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _work(self) -> None:
+        thread = threading.get_native_id()
+        call = self._handed_out.get()
+        while call is not None:
+            call.thread = thread
+            try:
+                answer = self._make(call)
+            except BaseException as error:  # whatever an engine raises, the next session goes on
+                answer = Answer(call, error=error)
+            call.thread = 0
+            call = self._next_waiting()
+            if call is None:
+                with self._idle_lock:
+                    self._idle += 1  # first: who hears the answer may count on this thread
+            self._answers.put(answer)
+            del answer
+            if call is None:
+                self._none_waits.set()
+                call = self._handed_out.get()
+        if self._closed:
+            self._handed_out.put(None)  # for the next
+        self._threads.discard(threading.current_thread())

@@ -1,0 +1,401 @@
+"""What is done with all sessions that are blacklisted or on probation? Carries out what each of them decides.
+
+No threads and no I/O: the clock is injected, and every method is called with ``session_lock`` held. Calls to make leave
+by ``take_due`` and calls to end by ``to_end``; what came of them comes in by ``answered`` and ``read``. ``events``
+tells what happened.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import random
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Optional
+
+from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
+from sglang.srt.disaggregation.mooncake.probe_schedule import NEVER, Allowance, Call, DueHeap, Places
+from sglang.srt.disaggregation.mooncake.session_states import (
+    LISTEN_AFTER_S,
+    READ_HANGS_S,
+    TRANSFER_TIMEOUT_S,
+    Decision,
+    Forget,
+    LetIn,
+    ProbeAt,
+    ReadAt,
+    Rules,
+    Session,
+    SwitchVerificationOff,
+    Verdict,
+)
+from sglang.srt.environ import FailedSessionProbeSettings
+
+# With many blacklisted, what falls due within a round is probed together: a round costs as much as several probes. The
+# longest one is for two hundred blacklisted.
+LONGEST_ROUND_S = 0.1
+ROUND_S_PER_SESSION = 0.0005
+# Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
+BATCH = 32
+# A look whether a peer cuts probes short costs as much as two more probes, so there are ten a second at most.
+LISTEN_GAP_S = 0.1
+# Malformed session ids that are said, once each: what comes in from outside must not grow without a bound.
+SAID_LIMIT = 1000
+
+_SESSION_ID = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([1-9][0-9]{0,4})")
+
+
+def is_session_id(session: object) -> bool:
+    """True for ``host:port``, brackets around an IPv6 address, port 1 to 65535: all that Mooncake parses rightly."""
+    match = _SESSION_ID.fullmatch(session) if isinstance(session, str) else None
+    return match is not None and int(match[1]) <= 65535
+
+
+class Event(enum.Enum):
+    """What happened to a session, with the details in brackets. Logs and metrics listen."""
+
+    BLACKLISTED = "blacklisted"  # relapses
+    HELD = "held"  # hold_s, relapses
+    UNREADABLE = "unreadable"  # why, outage_s; once an outage
+    CUTS_SHORT = "cuts short"  # outage_s; once an outage
+    RECOVERED = "recovered"  # outage_s, refused, unverified (the reason, or None)
+    DROPPED = "dropped"  # idle_s, outage_s, refused
+    MALFORMED = "malformed"
+    VERIFICATION_OFF = "verification off"
+    FAULT = "fault"  # error (a traceback)
+
+
+class SessionWatch:
+    """Listens to the blacklist, ``sessions``, and says whom to probe.
+
+    Those in ``blacklisted`` are on it from the start. ``wake()`` is called when something fell due,
+    ``on_removed(session)`` when a session is taken off here, and ``registration(session)`` gives the object that holds
+    what its peer has registered, another one after each registration. A transfer fails within ``transfer_timeout_s``.
+    """
+
+    def __init__(
+        self,
+        settings: FailedSessionProbeSettings,
+        blacklisted: Iterable[Hashable] = (),
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        wake: Callable[[], None] = lambda: None,
+        on_removed: Callable[[Any], object] = lambda session: None,
+        registration: Callable[[Any], object] = lambda session: None,
+        transfer_timeout_s: float = TRANSFER_TIMEOUT_S,
+    ) -> None:
+        self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
+        self.known: dict[Any, Session] = {}
+        self._rules = Rules(settings, jitter, transfer_timeout_s, settings.verify)
+        self._clock = clock
+        self._wake = wake
+        self._on_removed = on_removed
+        self._registration = registration
+        self._generations = itertools.count(1)
+        self._due = DueHeap()
+        self._places = Places(settings.concurrency)
+        self._allowance = Allowance(settings.interval_s, clock())
+        self._in_flight: dict[Any, Call] = {}  # by session: one at a time
+        self._read_hangs: list[Call] = []
+        self._listen_at = 0.0
+        self._malformed_said: set[Any] = set()
+        self._fault_said = False
+        self.sessions = FailedSessions(self)
+        self.sessions.update(blacklisted)
+
+    @property
+    def verifying(self) -> bool:
+        """True as long as reads are taken for a proof."""
+        return self._rules.verifying
+
+    # What the blacklist tells.
+
+    def failed(self, session: Any) -> None:
+        """A transfer to the session failed: a new generation, to be probed at once."""
+        now = self._clock()
+        known = self.known.get(session)
+        if known is None or known.is_past(now, self._registration(session)):
+            known = self.known[session] = Session(session, self._rules, now)
+            self._tell(Event.BLACKLISTED, session, relapses=0)
+        elif not known.blacklisted:
+            relapses = known.relapses + 1
+            self._tell(Event.BLACKLISTED, session, relapses=relapses)
+            self._tell(Event.HELD, session, hold_s=known.hold_s(relapses), relapses=relapses)
+        decision = known.failed(now, next(self._generations))
+        self._check_end(known, now)
+        if is_session_id(session):
+            self._carry_out(known, decision, now)
+        elif session not in self._malformed_said and len(self._malformed_said) < SAID_LIMIT:
+            self._malformed_said.add(session)
+            self._tell(Event.MALFORMED, session)
+        self._wake()
+
+    def left(self, session: Any) -> None:
+        """The session registered again: nothing known of it counts any more."""
+        known = self._forget(session)
+        if known is not None and known.blacklisted:
+            self._wake()  # what is told of the length of the blacklist has changed
+
+    def cleared(self) -> None:
+        """As ``left``, of every session."""
+        self.known.clear()
+        self._due.clear()
+        self._wake()
+
+    def requested(self, session: Any) -> None:
+        """A request looked the session up. No timer runs for a probation: the request that comes after it ends it."""
+        now = self._clock()
+        known = self.known[session]
+        decision = known.requested(now)
+        if not known.blacklisted:
+            self._carry_out(known, decision, now)
+        if decision is not None:
+            self._wake()
+
+    def fault(self, session: Any, error: str) -> None:
+        """A fault of our own, while the blacklist was used."""
+        if not self._fault_said:
+            self._fault_said = True
+            self._tell(Event.FAULT, session, error=error)
+            self._wake()
+
+    # What the daemon thread calls.
+
+    def take_due(self, due_by: float = NEVER) -> list[Call]:
+        """The calls to make now, as far as there are places and the allowance is enough: in the order they fell due.
+
+        Each must come back in ``answered``. What falls due later than ``due_by`` (by the clock) is left alone.
+        """
+        now = self._clock()
+        self._places.age(now)
+        self._allowance.renew(now, len(self.sessions), LONGEST_ROUND_S)
+        self._rules.round_s = self._allowance.round_s(len(self.sessions))
+        calls: list[Call] = []
+        for _ in range(BATCH):
+            first = self._due.first()
+            if first is None or first.at > min(now, due_by):
+                break
+            known = first.session
+            if first.is_outdated() or self.known.get(known.id) is not known:
+                self._due.pop()
+            elif first.is_end or known.id in self._in_flight:
+                self._due.pop()
+                self._come_up(known, first.is_end, now)
+            elif self._allowance.left() and self._places.is_free():
+                self._due.pop()
+                calls.append(self._call(known, now))
+            else:
+                break
+        return calls
+
+    def to_end(self) -> list[Call]:
+        """The calls that hang and whose places are wanted, and those that were to read and hang. Try to end each."""
+        now = self._clock()
+        wanted = min(self._allowance.left(), self._places.concurrency)
+        calls = self._places.oldest_hanging(now, self._due.due(now, wanted))
+        calls += [call for call in self._read_hangs if call in self._places]
+        self._read_hangs.clear()
+        for call in calls:
+            call.end_tried_at = now
+        return calls
+
+    def next_due_in(self) -> Optional[float]:
+        """Seconds from a ``take_due`` until the next may have something to do, None while nothing is blacklisted."""
+        now = self._clock()
+        first = self._due.first()
+        if first is None or (first.at > now and not len(self.sessions)):
+            return None
+        at = first.at
+        is_call = not (first.is_end or first.is_outdated() or first.session.id in self._in_flight)
+        if at <= now and is_call:  # it waits for a place or the allowance
+            if not self._allowance.left():
+                at = self._allowance.more_at(len(self.sessions))
+            elif not self._places.is_free():
+                return max(0.0, self._places.free_at(now) - now)
+        if at <= now:
+            return 0.0
+        return max(at - now, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions)))
+
+    def waits_for_allowance(self) -> bool:
+        """True if the last ``take_due`` left what is due, because as many were asked as may be in a second."""
+        first = self._due.first()
+        return not self._allowance.left() and first is not None and first.at <= self._clock()
+
+    def answered(
+        self, call: Call, answered: bool, refused: bool = False, cuts_short: bool = False, reading: bool = False
+    ) -> None:
+        """A call came back, ``answered`` if with rc 0 (``reading`` if reads have begun, whose end ``read`` is told),
+        ``refused`` if the peer's machine said at once that nobody is there, ``cuts_short`` if it takes connections.
+        """
+        now = self._clock()
+        known = self._come_back(call, now)
+        if known is None:
+            return
+        if cuts_short:
+            known.listen_at = NEVER  # said once
+            self._tell(Event.CUTS_SHORT, known.id, outage_s=now - known.blacklisted_at)
+        if not known.blacklisted:
+            if not reading:
+                self._carry_out(known, Forget(), now)
+        elif not answered:
+            self._carry_out(known, known.not_answered(now, refused), now)
+        else:
+            self._carry_out(known, known.reading(now) if reading else known.answered(now), now)
+
+    def read(self, call: Call, verdict: Verdict, why: str = "") -> None:
+        """The reads that a call has begun have ended; ``why`` says what was wrong with them."""
+        now = self._clock()
+        if not self.waits_for(call):
+            return
+        known = self.known[call.session]
+        if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
+            self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
+        self._carry_out(known, known.read(now, verdict, why), now)
+
+    def waits_for(self, call: Call) -> bool:
+        """True if what a call's reads show still counts. Any thread, with or without the lock."""
+        known = self.known.get(call.session)
+        return known is not None and known.generation == call.generation
+
+    def lost(self, call: Call) -> None:
+        """The answer of a call could not be taken in: its session is probed again."""
+        now = self._clock()
+        self._places.free(call)
+        if self._in_flight.get(call.session) is call:
+            del self._in_flight[call.session]
+        known = self.known.get(call.session)
+        if known is not None and known.blacklisted:
+            self._carry_out(known, known.not_answered(now, refused=False), now)
+
+    def in_flight(self) -> int:
+        """Calls under way, those that hang included."""
+        return len(self._places)
+
+    def under_way(self) -> list[Call]:
+        """The calls under way."""
+        return list(self._places)
+
+    def stuck(self) -> int:
+        """Calls under way that hang."""
+        return self._places.hanging()
+
+    def most_in_flight(self) -> int:
+        """From so many calls under way on, those that hang are ended for others."""
+        return self._places.most
+
+    # How a decision is carried out.
+
+    def _carry_out(self, known: Session, decision: Decision, now: float) -> None:
+        match decision:
+            case ProbeAt(at):
+                known.read_next = False
+                self._due.probe_at(known, at)
+            case ReadAt(at):
+                known.read_next = True
+                self._due.probe_at(known, at)
+            case LetIn(unverified):
+                self._let_in(known, now, unverified)
+            case Forget():
+                self._forget(known.id)
+            case None:
+                self._check_end(known, now)
+            case SwitchVerificationOff():
+                self._rules.verifying = False
+                self._tell(Event.VERIFICATION_OFF, known.id)
+                self._forget(known.id)
+
+    def _let_in(self, known: Session, now: float, unverified: Optional[str]) -> None:
+        self.sessions.take_off(known.id)
+        self._on_removed(known.id)
+        known.due_at = NEVER
+        known.let_in(next(self._generations), self._registration(known.id), unverified)
+        outage_s = now - known.blacklisted_at
+        self._tell(Event.RECOVERED, known.id, outage_s=outage_s, refused=known.refused, unverified=unverified)
+
+    def _forget(self, session: Any) -> Optional[Session]:
+        known = self.known.pop(session, None)
+        if known is not None:
+            known.due_at = NEVER
+        return known
+
+    def _drop(self, known: Session, now: float) -> None:
+        """Nobody asked for it in IDLE_TIMEOUT."""
+        self.sessions.take_off(known.id)
+        self._forget(known.id)
+        self._on_removed(known.id)
+        idle_s, outage_s = now - known.requested_at, now - known.blacklisted_at
+        self._tell(Event.DROPPED, known.id, idle_s=idle_s, outage_s=outage_s, refused=known.refused)
+
+    def _come_up(self, known: Session, is_end: bool, now: float) -> None:
+        """Its entry has come up for its end, or while a call is under way."""
+        if not is_end:
+            self._look_at_call(known, self._in_flight[known.id], now)
+        elif now < known.ends_at():
+            self._check_end(known, now)
+        elif known.blacklisted:
+            self._drop(known, now)
+        else:
+            self._carry_out(known, known.probation_ends(now), now)
+
+    def _look_at_call(self, known: Session, call: Call, now: float) -> None:
+        """Has a call whose reads hang ended. Its probe may hang: that is how a resume is heard of at once."""
+        if not call.read:
+            return
+        if not call.answered or now < call.asked_at + READ_HANGS_S:
+            self._due.probe_at(known, now + READ_HANGS_S)
+            return
+        self._read_hangs.append(call)
+        if call.generation == known.generation:
+            self._carry_out(known, known.read_hangs(now), now)
+        elif call.end_tried_at < call.asked_at:
+            self._due.probe_at(known, now + READ_HANGS_S)
+        else:  # it cannot be ended, and its probe is over: a newer failure need not wait for its reads
+            del self._in_flight[known.id]
+            self._due.probe_at(known, now)
+
+    def _check_end(self, known: Session, now: float) -> None:
+        """Has the session come up when it ends, or later if that is over and reads decide.
+
+        With an idle timeout of days it does so every ten minutes all the same: the entry keeps what is known of a
+        session that has registered since.
+        """
+        soonest_s, latest_s = self._rules.interval_s, 600.0
+        ends_at = known.ends_at()
+        self._due.check_end(known, min(ends_at if now < ends_at else now + soonest_s, now + latest_s))
+
+    def _call(self, known: Session, now: float) -> Call:
+        listen = not known.read_next and now >= max(known.listen_at, self._listen_at)
+        if listen:
+            known.listen_at = now + LISTEN_AFTER_S
+            self._listen_at = now + LISTEN_GAP_S
+        read = known.read_next and self._rules.verifying
+        call = Call(known.id, known.generation, now, read, listen)
+        known.probed_at = now
+        if read:
+            self._due.probe_at(known, now + READ_HANGS_S)
+        self._places.take(call)
+        self._allowance.spend()
+        self._in_flight[known.id] = call
+        return call
+
+    def _come_back(self, call: Call, now: float) -> Optional[Session]:
+        """The session, if the generation that the call was made in still stands; else a newer one is probed now."""
+        self._places.free(call)
+        if self._in_flight.get(call.session) is not call:
+            return None
+        del self._in_flight[call.session]
+        known = self.known.get(call.session)
+        if known is None:
+            return None
+        if known.generation != call.generation:
+            if known.blacklisted:
+                self._carry_out(known, ProbeAt(now), now)
+            return None
+        known.due_at = NEVER
+        return known
+
+    def _tell(self, event: Event, session: Any, **details: Any) -> None:
+        self.events.append((event, session, details))

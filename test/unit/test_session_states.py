@@ -1,0 +1,1040 @@
+"""When is a session probed, let in again, forgotten? Stories of one session, in the order of DESIGN section 4."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
+from sglang.srt.disaggregation.mooncake.session_states import PROBATION_S, READ_HANGS_S, Verdict
+from sglang.srt.disaggregation.mooncake.session_watch import SAID_LIMIT, Event
+from virtual_prober import (
+    CUTS_SHORT,
+    DATA_PORT_DROPPED,
+    DATA_PORT_REJECTED,
+    HEALTHY,
+    HUNG,
+    READS_NEVER_END,
+    REFUSING,
+    Peer,
+    VirtualProber,
+    many,
+)
+
+D = "decode:7001"
+OTHER = "other:7002"
+UNREADABLE = "reading its memory gave -1"
+BEGIN_HANGS = Peer(begin_takes=1000.0)  # answers, and the call that begins to read does not come back
+
+
+def about(seconds: Any) -> Any:
+    return pytest.approx(seconds, abs=0.01)
+
+
+def hang_for(seconds: float) -> str:
+    return f"reads of its memory have not ended for {seconds:.0f} s"
+
+
+def use_until(prober: VirtualProber, moment: float, session: str = D) -> None:
+    """Requests go through, one a second."""
+    while prober.clock.now < moment:
+        assert not prober.request(session)
+        prober.run(1)
+
+
+def wait_until_let_in(prober: VirtualProber, every_s: float = 0.1) -> float:
+    """Requests are refused until one goes through. Gives the seconds that it took."""
+    began = prober.clock.now
+    while prober.request(D):
+        prober.run(every_s)
+    return prober.clock.now - began
+
+
+# Probed.
+
+
+def test_a_session_is_probed_the_moment_it_fails() -> None:
+    prober = VirtualProber()
+    prober.run(5)
+    prober.fail(D, peer=REFUSING)
+    prober.run(0)
+    assert prober.moments("probe", D) == [5.0]
+
+
+def test_a_session_that_was_blacklisted_before_the_prober_came_is_probed_at_once() -> None:
+    prober = VirtualProber(D)
+    prober.becomes(D, HEALTHY)
+    prober.run(2)
+    assert prober.moments("probe", D)[0] == 0.0
+    assert prober.let_in(D)
+
+
+@pytest.mark.parametrize("interval_s", [30.0, 0.5])
+@pytest.mark.parametrize(("jitter", "factor"), [(0.0, 0.9), (0.5, 1.0), (1.0, 1.1)])
+def test_the_gap_is_a_tenth_of_the_outage_but_a_quarter_second_at_least_and_half_a_second_at_most(
+    jitter: float, factor: float, interval_s: float
+) -> None:
+    prober = VirtualProber(jitter=jitter, interval_s=interval_s)
+    prober.fail(D, peer=REFUSING)
+    prober.run(100)
+    probes = prober.moments("probe", D)
+    for at, following in itertools.pairwise(probes):
+        gap_s = min(min(max(0.25, 0.1 * at), 0.5) * factor, interval_s)
+        assert following - at == about(gap_s), f"probed {following - at} s after the probe at {at}"
+    assert max(b - a for a, b in itertools.pairwise(probes)) == about(min(0.5 * factor, interval_s))
+
+
+def test_a_probe_that_took_long_to_fail_is_followed_by_the_next_after_a_quarter_second() -> None:
+    """Where packets are dropped each takes 5 s, and a heal between two is heard of the later the longer the gap is."""
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(answers=False, takes=5.0))
+    prober.run(60)
+    assert prober.moments("probe", D)[1:4] == about([5.25, 10.5, 15.75])
+
+
+def test_a_new_failure_starts_the_quick_probes_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=REFUSING)
+    prober.run(400)
+    prober.fail(D)
+    prober.run(0.9)
+    assert [at for at in prober.moments("probe", D) if at >= 400] == about([400.0, 400.25, 400.5, 400.75])
+
+
+def test_a_tiny_interval_does_not_make_the_prober_spin() -> None:
+    prober = VirtualProber(interval_s=1e-6)
+    prober.fail(D, peer=REFUSING)
+    prober.run(1)
+    assert len(prober.seen("probe")) <= 101
+
+
+def test_that_a_peer_cuts_probes_short_is_told_once_an_outage() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=CUTS_SHORT)
+    prober.run(9)
+    assert prober.moments(Event.CUTS_SHORT) == []
+    prober.run(100)
+    prober.fail(D)  # a request that was under way has failed in the same outage
+    prober.run(100)
+    assert len(prober.moments(Event.CUTS_SHORT, D)) == 1
+    prober.register(D)
+    prober.fail(D)
+    prober.run(100)
+    assert len(prober.moments(Event.CUTS_SHORT, D)) == 2, "the second outage is not explained to the operator"
+
+
+def test_no_timer_runs_while_nothing_is_blacklisted() -> None:
+    prober = VirtualProber()
+    assert prober.watch.next_due_in() is None
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.5)
+    assert not prober.sleeps_for_good()
+    prober.run(1)
+    assert prober.let_in(D)
+    assert prober.sleeps_for_good()
+    assert prober.watch.next_due_in() is None
+
+
+# Settled.
+
+
+def test_a_healed_peer_is_let_in_once_it_has_answered_settle_apart() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.999)
+    assert prober.request(D), "let in while bytes of the failed transfer may still land"
+    prober.run(0.01)
+    assert not prober.request(D)
+    assert (prober.moments("probe", D), prober.moments("read", D)) == ([0.0], [1.0])
+    assert prober.removed == [D]
+
+
+def test_after_an_answer_the_next_probe_comes_after_settle_however_long_the_gap_was() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=REFUSING)
+    prober.run(400)
+    prober.becomes(D, HEALTHY)
+    prober.run(31)
+    first_answer = prober.moments("probe", D)[-1]
+    assert prober.let_in(D) == [(about(first_answer + 1.0), None)]
+
+
+def test_a_silence_between_two_answers_starts_the_settling_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.5)
+    prober.becomes(D, REFUSING)
+    prober.run(1)
+    prober.becomes(D, HEALTHY)
+    prober.run(0.9)
+    assert prober.let_in(D) == [], "let in on answers with a silence between them"
+    prober.run(0.4)
+    assert prober.let_in(D)
+
+
+def test_one_answer_is_enough_without_settle() -> None:
+    prober = VirtualProber(settle_s=0.0)
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.01)
+    assert (prober.moments("probe", D), prober.moments("read", D)) == ([0.0], [0.0])
+    assert prober.let_in(D)
+
+
+def test_a_hung_probe_that_is_answered_when_the_peer_resumes_counts_as_its_first_answer() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HUNG)
+    prober.run(6)
+    prober.resume(D)
+    prober.run(2)
+    assert prober.let_in(D) == [(about(7.0), None)]
+
+
+def test_a_peer_that_is_to_settle_for_long_is_probed_meanwhile() -> None:
+    prober = VirtualProber(settle_s=60.0, interval_s=10.0)
+    prober.fail(D, peer=HEALTHY)
+    prober.run(15)
+    prober.becomes(D, REFUSING)
+    prober.run(20)
+    prober.becomes(D, HEALTHY)
+    prober.run(30)
+    assert prober.let_in(D) == [], "let in though it was away between two answers"
+
+
+# Generations: what is older than the newest failure does not count.
+
+
+def test_an_answer_does_not_count_if_the_session_failed_again_while_it_was_out() -> None:
+    prober = VirtualProber(settle_s=0.0, verify=False)
+    prober.fail(D, peer=Peer(takes=1.0))
+    prober.run(0.5)
+    prober.fail(D, peer=REFUSING)
+    prober.run(2)
+    assert prober.request(D), "let in on an answer from before the newest failure"
+
+
+def test_an_answer_does_not_count_if_the_session_registered_and_failed_again_while_it_was_out() -> None:
+    prober = VirtualProber(settle_s=0.0, verify=False)
+    prober.fail(D, peer=Peer(takes=1.0))
+    prober.run(0.3)
+    prober.register(D)
+    prober.run(0.3)
+    prober.fail(D, peer=REFUSING)
+    prober.run(2)
+    assert prober.request(D), "let in on an answer from before the newest failure"
+
+
+def test_a_session_whose_stale_answer_came_is_probed_anew_at_once() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HUNG)
+    prober.run(6)
+    prober.fail(D)
+    prober.run(1)
+    assert prober.moments("probe", D) == [0.0], "two probes to one peer at a time"
+    prober.resume(D)
+    prober.run(0.1)
+    assert prober.moments("probe", D) == [0.0, 7.0]
+
+
+def test_answers_from_before_a_failure_do_not_settle_it() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.9)
+    prober.fail(D)
+    prober.run(0.9)
+    assert prober.request(D), "settled on an answer from before the newest failure"
+    prober.run(0.2)
+    assert not prober.request(D)
+
+
+@pytest.mark.parametrize("forget", [FailedSessions.discard, FailedSessions.remove, lambda some, _: some.clear()])
+def test_an_answer_to_a_session_that_registered_meanwhile_changes_nothing(forget: Any) -> None:
+    prober = VirtualProber(settle_s=0.0, verify=False)
+    prober.fail(D, peer=Peer(takes=1.0))
+    prober.run(0.5)
+    forget(prober.sessions, D)
+    prober.run(2)
+    assert prober.let_in(D) == [], "a recovery was counted that the registration had done"
+    assert prober.sleeps_for_good()
+
+
+def test_reads_do_not_count_if_the_session_failed_again_while_they_were_pending() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(read_takes=1.0))
+    prober.run(1.5)
+    assert prober.moments("read", D) == about([1.0])
+    prober.fail(D, peer=REFUSING)
+    prober.run(5)
+    assert prober.moments("shown", D) == about([2.0])
+    assert prober.request(D), "let in on reads from before the newest failure"
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_reads_from_before_a_failure_change_nothing_while_newer_ones_are_pending(verdict: Verdict) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=READS_NEVER_END)
+    prober.run(2)
+    (old,) = prober.reads
+    prober.fail(D)
+    prober.run(2)
+    assert prober.moments("read", D) == about([1.0, 3.0])
+    prober.show(old, verdict)
+    prober.run(20)
+    assert prober.request(D), "let in on reads from before the newest failure"
+    assert prober.moments("read", D) == about([1.0, 3.0])
+    assert prober.seen(Event.UNREADABLE) == []
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+@pytest.mark.parametrize("register", [VirtualProber.register, VirtualProber.register_as_up_to_0_5_21])
+def test_reads_of_a_session_that_registered_meanwhile_change_nothing(
+    register: Callable[[VirtualProber, Any], None], verdict: Verdict
+) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=READS_NEVER_END)
+    prober.run(2)
+    register(prober, D)
+    for reads in prober.reads:
+        prober.show(reads, verdict)
+    prober.run(5)
+    assert (prober.let_in(D), prober.seen(Event.UNREADABLE)) == ([], [])
+    assert prober.sleeps_for_good()
+    prober.fail(D)
+    assert prober.seen(Event.HELD) == [], "held for a relapse that is none"
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_reads_of_a_session_that_was_let_in_meanwhile_change_nothing(verdict: Verdict) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=READS_NEVER_END)
+    prober.run(31)
+    assert len(prober.let_in(D)) == 1
+    for reads in prober.reads:
+        prober.show(reads, verdict)
+    prober.run(1)
+    assert len(prober.let_in(D)) == 1
+    assert prober.seen(Event.UNREADABLE) == []
+    prober.fail(D)
+    assert len(prober.seen(Event.HELD)) == 1, "its probation ended by what was read before it"
+
+
+# Verified.
+
+
+def test_a_peer_that_answers_but_cannot_transfer_stays_out() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(29.9)
+    assert prober.request(D), "let in though no transfer can work"
+
+
+def test_a_peer_whose_memory_cannot_be_looked_at_is_let_in_on_its_answers() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(memory=Verdict.CANNOT_TELL))
+    prober.run(1.1)
+    assert prober.let_in(D) == [(about(1.0), None)]
+
+
+def test_while_nothing_can_be_read_into_a_peer_is_let_in_on_its_answers_and_counted_unverified() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(memory=Verdict.CANNOT_TELL, why="Mooncake gave -1"))
+    prober.run(1.1)
+    assert prober.let_in(D) == [(about(1.0), "Mooncake gave -1")]
+    use_until(prober, 300)
+    assert prober.watch.verifying, "one refused page cost everybody the verification"
+
+
+def test_nobody_is_read_when_verification_is_switched_off() -> None:
+    prober = VirtualProber(verify=False)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(1.1)
+    assert prober.let_in(D) == [(about(1.0), None)]
+    assert prober.moments("probe", D) == [0.0, 1.0]
+    assert prober.moments("read", D) == []
+
+
+def test_a_peer_that_falls_silent_when_it_is_to_be_read_must_settle_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(falls_silent=True))
+    prober.run(1.1)
+    prober.becomes(D, HEALTHY)
+    prober.run(5)
+    (silent_at, read_at) = prober.moments("read", D)
+    assert read_at == about(silent_at + 0.25 + 1.0)
+    assert prober.let_in(D) == [(about(read_at), None)]
+
+
+def test_no_more_reads_are_begun_while_some_are_pending_and_the_peer_is_probed_in_interval() -> None:
+    prober = VirtualProber(interval_s=10.0)
+    for _ in range(3):
+        prober.fail(D, peer=READS_NEVER_END)
+        wait_until_let_in(prober)
+    failed_at = prober.seen("failed")[-1].at
+    assert len([at for at in prober.moments("read", D) if at >= failed_at]) == 1, "reads are begun again and again"
+    probes = [failed_at, *(at for at in prober.moments("probe", D) if at >= failed_at), prober.let_in(D)[-1][0]]
+    assert max(b - a for a, b in itertools.pairwise(probes)) < 10 + 3.0
+
+
+def test_reads_that_are_pending_when_the_data_path_heals_count_as_soon_as_they_are_done() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=READS_NEVER_END)
+    prober.run(12.3)
+    prober.resume(D)
+    prober.run(0.99)
+    assert prober.request(D), "let in while other connections still carry bytes of the failed transfer"
+    prober.run(0.02)
+    assert prober.let_in(D) == [(about(12.3 + 1.0), None)], "healed, and not used"
+
+
+def test_a_peer_whose_data_path_comes_back_while_it_is_read_settles_and_is_read_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(read_takes=3.0))
+    prober.run(1.5)
+    prober.becomes(D, HEALTHY)
+    prober.run(3.4)
+    assert prober.request(D), "let in while other connections still carry bytes of the failed transfer"
+    prober.run(1)
+    assert prober.let_in(D) == [(about(1.0 + 3.0 + 1.0), None)]
+    assert prober.moments("read", D) == about([1.0, 5.0])
+
+
+def test_a_peer_whose_reads_always_wait_is_let_in_after_interval() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(read_takes=0.2))
+    prober.run(40)
+    ((let_in_at, unverified),) = prober.let_in(D)
+    assert unverified is None
+    assert 1.2 + 30.0 <= let_in_at < 1.2 + 30.0 + 1.5
+
+
+def test_without_settle_a_read_that_waited_is_enough() -> None:
+    prober = VirtualProber(settle_s=0.0)
+    prober.fail(D, peer=Peer(read_takes=3.0))
+    prober.run(4)
+    assert prober.let_in(D) == [(about(3.0), None)]
+
+
+def test_after_a_silence_the_interval_of_a_peer_whose_reads_wait_begins_anew() -> None:
+    prober = VirtualProber()
+    waits = Peer(read_takes=0.2)
+    prober.fail(D, peer=waits)
+    prober.run(25)
+    prober.becomes(D, REFUSING)
+    prober.run(2)
+    prober.becomes(D, waits)
+    prober.run(15)
+    assert prober.request(D), "let in on the time that it waited before its silence"
+
+
+def test_reads_from_before_a_silence_do_not_let_it_in() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=READS_NEVER_END)
+    prober.run(2)
+    prober.becomes(D, REFUSING)
+    prober.run(28.5)
+    (reads,) = prober.reads
+    assert prober.seen("answer", D)[-1].detail[1] is False
+    prober.show(reads, Verdict.READABLE)
+    prober.run(1)
+    assert prober.request(D), "it was read before it fell silent, and is gone now"
+
+
+@pytest.mark.parametrize("took_s", [0.001, 0.5, 1.5])
+@pytest.mark.parametrize(("jitter", "pause_s"), [(0.0, 1.1), (0.5, 1.155), (1.0, 1.21)])
+def test_reads_that_failed_are_followed_by_a_pause_that_does_not_grow(
+    jitter: float, pause_s: float, took_s: float
+) -> None:
+    """Longer than the 1.0 s for which Mooncake leaves a connection alone, and so short that a heal is heard of soon."""
+    prober = VirtualProber(interval_s=60.0, jitter=jitter)
+    for _ in range(3):
+        prober.fail(D, peer=Peer(memory=Verdict.UNREADABLE, read_takes=took_s))
+        begun = len(prober.seen("read", D))
+        prober.run(50)
+        moments = [entry.at for entry in prober.seen("read", D)[begun:]]
+        pauses = [following - (at + took_s) for at, following in itertools.pairwise(moments)]
+        assert len(pauses) > 10
+        assert pauses == about([pause_s] * len(pauses))
+        wait_until_let_in(prober)
+
+
+def test_a_peer_whose_data_port_opens_is_let_in_at_the_end_of_the_pause() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(10)
+    failed_at = prober.moments("shown", D)[-1]
+    prober.becomes(D, HEALTHY)
+    prober.run(2)
+    assert prober.let_in(D) == [(about(failed_at + 1.155), None)]
+
+
+def test_a_peer_that_was_gone_and_cannot_be_read_is_looked_at_less_and_less_often_until_it_registers() -> None:
+    """Each look leaves Mooncake's connections in a cooldown, which would delay the first request after that."""
+    prober = VirtualProber(interval_s=300.0)
+    prober.fail(D, peer=REFUSING)
+    prober.run(5)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    prober.run(95)
+    looks = prober.moments("read", D)
+    assert len(looks) <= 12
+    pauses = [b - a for a, b in itertools.pairwise(looks)]
+    assert pauses[-1] > 25
+    assert pauses == sorted(pauses)
+    prober.register(D)
+    prober.fail(D)
+    prober.run(10)
+    assert len(prober.seen("read", D)) >= len(looks) + 7, "what was known of its old process counts for the new one"
+
+
+def test_the_pauses_of_a_peer_that_was_gone_are_no_longer_than_interval() -> None:
+    prober = VirtualProber(interval_s=10.0)
+    relapse_waits(prober, 5)
+    prober.fail(D, peer=REFUSING)
+    prober.run(5)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    prober.run(250)
+    pauses = [b - a for a, b in itertools.pairwise(prober.moments("read", D)) if a > prober.clock.now - 150]
+    assert max(pauses) == about(10.0)
+
+
+def test_a_call_whose_reads_hang_is_ended_after_a_second_and_made_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BEGIN_HANGS)
+    prober.run(2.5)
+    assert prober.moments("read", D) == about([1.0])
+    assert prober.moments("ended", D) == about([1.0 + READ_HANGS_S])
+    prober.becomes(D, HEALTHY)
+    prober.run(1.5)
+    assert prober.let_in(D), "it is well, and waits for reads that hung when it was not"
+
+
+def test_a_call_whose_reads_hang_is_ended_also_when_the_session_failed_again_meanwhile() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BEGIN_HANGS)
+    prober.run(1.5)
+    prober.fail(D, peer=HEALTHY)
+    prober.run(3)
+    assert prober.let_in(D), "kept out for as long as a call hangs that counts no more"
+
+
+def test_a_call_that_cannot_be_ended_does_not_keep_its_session_out_of_the_next_outage() -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
+    prober.fail(D, peer=BEGIN_HANGS)
+    prober.run(31)
+    assert not prober.request(D)
+    prober.becomes(D, HEALTHY)
+    prober.fail(D)
+    prober.run(6)
+    assert len(prober.let_in(D)) == 2, "nobody probes it until a call of the outage before comes back"
+    assert len(prober.out) == prober.watch.in_flight() == 1
+    prober.answer(next(iter(prober.out)), True)
+    prober.run(1)
+    assert prober.watch.in_flight() == 0
+    assert not prober.request(D)
+
+
+def test_a_call_that_is_to_read_and_whose_probe_hangs_is_answered_when_the_peer_resumes() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.5)
+    prober.becomes(D, HUNG)
+    prober.run(9.5)
+    assert prober.moments("read", D) == about([1.0])
+    assert prober.seen("ended", D) == [], "nobody hears of its resume at once"
+    prober.resume(D)
+    prober.run(1.1)
+    assert prober.let_in(D), "it is well, and not used"
+
+
+def test_a_peer_that_has_stopped_is_not_let_in_because_its_probe_hangs() -> None:
+    prober = VirtualProber(interval_s=5.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(2.0)
+    prober.becomes(D, HUNG)
+    prober.run(50)
+    assert prober.request(D), "let in though it answers no more"
+
+
+def test_a_peer_that_answers_and_cannot_be_read_is_told_once_an_outage() -> None:
+    prober = VirtualProber(interval_s=5.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(4.9)
+    assert len(prober.seen("read", D)) > 2
+    (told,) = prober.seen(Event.UNREADABLE, D)
+    assert told.detail == {"why": UNREADABLE, "outage_s": about(1.0)}
+    prober.run(1)
+    assert prober.let_in(D) == [(about(5.0), UNREADABLE)]
+    prober.fail(D)
+    prober.run(4)
+    assert len(prober.seen(Event.UNREADABLE, D)) == 2, "the reason of the second outage is not told"
+    assert [entry.detail for entry in prober.seen(Event.HELD, D)] == [{"hold_s": 1.0, "relapses": 1}]
+
+
+# Failing open.
+
+
+def test_a_peer_that_cannot_be_verified_is_let_in_after_interval_with_the_reason() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=REFUSING)
+    prober.run(10)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    prober.run(50)
+    first_answer = next(entry.at for entry in prober.seen("answer", D) if entry.detail[1] is True)
+    assert prober.let_in(D) == [(about(first_answer + 30), UNREADABLE)]
+
+
+@pytest.mark.parametrize("peer", [READS_NEVER_END, DATA_PORT_DROPPED], ids=["for ever", "for 30 s"])
+def test_a_peer_whose_reads_hang_is_let_in_after_interval_with_the_reason(peer: Peer) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=peer)
+    prober.run(31)
+    assert prober.let_in(D) == [(about(30.0), hang_for(29))]
+
+
+@pytest.mark.parametrize("can_be_ended", [True, False])
+def test_a_peer_whose_reading_calls_hang_is_let_in_after_interval_with_the_reason(can_be_ended: bool) -> None:
+    prober = VirtualProber(calls_can_be_ended=can_be_ended)
+    prober.fail(D, peer=BEGIN_HANGS)
+    prober.run(31.1)
+    ((let_in_at, reason),) = prober.let_in(D)
+    assert let_in_at == pytest.approx(30.0, abs=1.02)
+    assert reason in ([UNREADABLE, hang_for(1)] if can_be_ended else [hang_for(29)])
+    assert (len(prober.seen("read", D)) > 10) == can_be_ended
+
+
+@pytest.mark.parametrize(
+    "peer", [DATA_PORT_REJECTED, READS_NEVER_END, BEGIN_HANGS], ids=["reads fail", "reads hang", "calls hang"]
+)
+def test_a_peer_that_cannot_be_verified_waits_twice_as_long_after_each_relapse_up_to_max_interval(peer: Peer) -> None:
+    prober = VirtualProber(interval_s=10.0, max_interval_s=60.0)
+    waits = []
+    for _ in range(5):
+        prober.fail(D, peer=peer)
+        waits.append(wait_until_let_in(prober))
+    room_s = READ_HANGS_S + 0.2 if peer is BEGIN_HANGS else 0.2
+    assert waits == pytest.approx([10, 20, 40, 60, 60], abs=room_s), "each of these costs an operator a request"
+
+
+def test_a_data_path_that_is_broken_for_hours_is_read_in_each_outage() -> None:
+    """The hold is then as long as the wait to be let in unverified, and what was seen before proves nothing."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    looks = 0
+    for _ in range(20):
+        wait_until_let_in(prober, every_s=10)
+        assert len(prober.moments("read", D)) > looks, "let in unverified without a look"
+        looks = len(prober.moments("read", D))
+        prober.fail(D)
+    prober.becomes(D, HEALTHY)
+    wait_until_let_in(prober, every_s=10)
+    assert prober.let_in(D)[-1][1] is None, "it can be read, and is let in with a warning"
+
+
+# Learning that reads prove nothing.
+
+
+def test_an_unverified_peer_that_is_used_and_healthy_for_two_probations_switches_verification_off() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    use_until(prober, 160)
+    (off,) = prober.moments(Event.VERIFICATION_OFF)
+    assert off == pytest.approx(31 + 2 * PROBATION_S, abs=2.1)
+    assert not prober.watch.verifying
+    prober.fail(OTHER, peer=DATA_PORT_REJECTED)
+    prober.run(1.1)
+    assert prober.let_in(OTHER) == [(pytest.approx(161.0, abs=1.1), None)], "kept out by reads that prove nothing"
+
+
+def test_reads_that_hang_at_the_end_of_a_probation_count_as_unreadable_after_interval() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    prober.becomes(D, READS_NEVER_END)
+    use_until(prober, 230)
+    (off,) = prober.moments(Event.VERIFICATION_OFF)
+    assert off == pytest.approx(31 + 2 * (PROBATION_S + 30), abs=4.1)
+
+
+def test_where_reads_never_end_two_probations_switch_verification_off_too() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=READS_NEVER_END)
+    prober.run(31)
+    use_until(prober, 230)
+    assert not prober.watch.verifying, "everybody waits for INTERVAL, for good, for reads that prove nothing"
+
+
+@pytest.mark.parametrize("between", [1.0, 0.005])
+def test_a_second_request_while_it_is_read_at_the_end_of_its_probation_does_not_make_one_of_two(between: float) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    prober.becomes(D, Peer(takes=0.01, memory=Verdict.UNREADABLE, read_takes=5.0))
+    use_until(prober, 91)
+    reads = len(prober.seen("read", D))
+    for _ in range(4):
+        prober.request(D)
+        prober.run(between)
+    use_until(prober, 140)
+    assert len(prober.seen("read", D)) == reads + 1
+    assert prober.seen("ended", D) == []
+    assert prober.watch.verifying, "switched off by one probation"
+    use_until(prober, 170)
+    assert not prober.watch.verifying
+
+
+def test_a_blip_at_the_end_of_a_probation_does_not_switch_verification_off() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    prober.becomes(D, HEALTHY)
+    use_until(prober, 90)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    use_until(prober, 95)
+    assert prober.moments("read", D)[-1] > 90, "it was not read at the end of its probation"
+    prober.becomes(D, HEALTHY)
+    use_until(prober, 300)
+    assert prober.watch.verifying, "reads at one wrong moment cost everybody the verification"
+
+
+def test_a_failure_between_two_probations_begins_the_proof_anew() -> None:
+    prober = VirtualProber(max_interval_s=30.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    for _ in range(3):
+        use_until(prober, prober.clock.now + PROBATION_S + 10)
+        prober.fail(D)
+        wait_until_let_in(prober, every_s=1)
+    assert prober.watch.verifying
+
+
+def test_verification_is_switched_off_once_however_many_probations_end_at_that_moment() -> None:
+    prober = VirtualProber()
+    sessions = many("decode", 5)
+    prober.fail(*sessions, peer=DATA_PORT_REJECTED)
+    for _ in range(200):
+        prober.run(1)
+        for session in sessions:
+            prober.request(session)
+    assert len(prober.moments(Event.VERIFICATION_OFF)) == 1, "an operator is told more than once"
+
+
+@pytest.mark.parametrize(
+    "peer",
+    [HEALTHY, Peer(read_takes=0.2), Peer(memory=Verdict.CANNOT_TELL), Peer(falls_silent=True)],
+    ids=["readable", "readable late", "cannot tell", "falls silent"],
+)
+def test_a_peer_that_is_not_unreadable_at_the_end_of_its_probation_leaves_verification_on(peer: Peer) -> None:
+    """It just took long to heal."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    use_until(prober, 91)
+    looks = prober.moments("read", D)
+    prober.becomes(D, peer)
+    use_until(prober, 93)
+    assert prober.moments("read", D) == [*looks, about(91.0)]
+    prober.becomes(D, DATA_PORT_REJECTED)
+    use_until(prober, 300)
+    assert prober.watch.verifying, "a peer that just took long to heal cost everybody the verification"
+
+
+@pytest.mark.parametrize("beside", [[], ["stopped:1"]])
+def test_an_unverified_peer_that_nobody_used_teaches_nothing(beside: list[str]) -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.fail(*beside, peer=HUNG)
+    for _ in range(30):
+        prober.run(10)
+        for session in beside:
+            prober.request(session)
+    assert prober.let_in(D)
+    assert prober.watch.verifying
+
+
+def test_a_registration_on_probation_is_no_use_that_teaches() -> None:
+    """Up to 0.5.21 a registration looks the session up and finds it gone: it may be no request at all."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(40)
+    looks = prober.moments("read", D)
+    prober.request(D)  # the look-up of a registration
+    prober.run(80)
+    prober.request(D)
+    prober.run(1)
+    assert prober.moments("read", D) == looks
+    use_until(prober, 200)
+    assert prober.watch.verifying, "verification was switched off though no transfer was done"
+
+
+def test_an_unverified_peer_that_is_used_only_for_a_while_teaches_nothing() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.fail("stopped:1", peer=HUNG)
+    prober.run(31)
+    use_until(prober, 33)
+    for _ in range(20):
+        prober.request("stopped:1")
+        prober.run(60)
+    assert prober.watch.verifying
+
+
+# Probation and hold.
+
+
+def relapse_waits(prober: VirtualProber, relapses: int) -> list[float]:
+    """How long a healthy peer that fails at its first use, again and again, is kept out each time."""
+    waits = []
+    for _ in range(relapses + 1):
+        prober.fail(D, peer=HEALTHY)
+        waits.append(wait_until_let_in(prober, every_s=0.01))
+    return waits[1:]
+
+
+def test_a_session_that_fails_soon_after_it_was_let_in_is_held_twice_as_long_each_time() -> None:
+    prober = VirtualProber(interval_s=10.0, max_interval_s=20.0)
+    assert relapse_waits(prober, 7) == pytest.approx([1, 2, 4, 8, 16, 20, 20], abs=0.05)
+    assert [entry.detail["hold_s"] for entry in prober.seen(Event.HELD)] == [1, 2, 4, 8, 16, 20, 20]
+
+
+def test_a_held_session_is_let_in_when_the_hold_ends_and_is_probed_seldom_before() -> None:
+    prober = VirtualProber()
+    relapse_waits(prober, 6)
+    prober.fail(D)
+    assert prober.seen(Event.HELD)[-1].detail["hold_s"] == 64
+    failed_at = prober.clock.now
+    prober.run(65)
+    assert [at - failed_at for at in prober.moments("probe", D) if at >= failed_at - 0.001] == about([0, 30, 60, 63])
+    assert prober.moments("read", D)[-1] == about(failed_at + 64)
+    assert prober.let_in(D)[-1] == (about(failed_at + 64), None)
+
+
+def test_a_peer_that_falls_silent_in_its_hold_must_settle_again() -> None:
+    prober = VirtualProber()
+    relapse_waits(prober, 3)
+    prober.fail(D)
+    assert prober.seen(Event.HELD)[-1].detail["hold_s"] == 8
+    failed_at = prober.clock.now
+    prober.run(6.9)
+    prober.becomes(D, REFUSING)
+    prober.run(0.95)
+    prober.becomes(D, HEALTHY)
+    prober.run(0.9)
+    assert prober.request(D), "settled on an answer from before its silence"
+    prober.run(0.6)
+    assert failed_at + 8.5 < prober.let_in(D)[-1][0] < failed_at + 9.5
+
+
+def test_another_failure_while_it_is_blacklisted_is_no_relapse() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    prober.run(0.5)
+    prober.fail(D)
+    prober.run(0.5)
+    prober.fail(D)
+    prober.run(2)
+    assert prober.seen(Event.HELD) == []
+    assert prober.let_in(D) == [(about(2.0), None)]
+
+
+@pytest.mark.parametrize(("transfer_timeout_s", "probation_s"), [(5.0, 60), (30.0, 60), (120.0, 240)])
+def test_probation_ends_a_minute_after_the_first_use_or_later_where_a_transfer_may_take_longer(
+    transfer_timeout_s: float, probation_s: float
+) -> None:
+    prober = VirtualProber(transfer_timeout_s=transfer_timeout_s)
+    prober.fail(D, peer=HEALTHY)
+    prober.run(300)
+    prober.request(D)
+    prober.run(probation_s - 1)
+    prober.fail(D)
+    assert len(prober.seen(Event.HELD)) == 1, "a relapse went unpunished: probation begins with the first use"
+    prober.run(2)
+    prober.request(D)
+    prober.run(probation_s)
+    prober.fail(D)
+    assert len(prober.seen(Event.HELD)) == 1, "held for a relapse that is none"
+
+
+def test_a_peer_that_was_used_for_a_minute_starts_from_nothing() -> None:
+    prober = VirtualProber()
+    relapse_waits(prober, 4)
+    prober.run(60.1)
+    prober.request(D)
+    prober.fail(D)
+    prober.run(1.1)
+    assert not prober.request(D), "relapses that were lived down still count"
+
+
+@pytest.mark.parametrize("beside", [[], ["stopped:1"]])
+def test_a_session_that_nobody_used_for_idle_timeout_after_it_was_let_in_is_forgotten(beside: list[str]) -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=HEALTHY)
+    prober.fail(*beside, peer=HUNG)
+    for _ in range(21):
+        prober.run(5)
+        for session in beside:
+            prober.request(session)
+    prober.request(D)
+    prober.fail(D)
+    assert prober.seen(Event.HELD) == [], "held for a relapse, as long after its recovery as anybody remembers"
+
+
+@pytest.mark.parametrize("register", [VirtualProber.register, VirtualProber.register_as_up_to_0_5_21])
+def test_a_registration_ends_probation(register: Callable[[VirtualProber, Any], None]) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    prober.run(2)
+    prober.request(D)
+    register(prober, D)
+    prober.fail(D)
+    assert prober.seen(Event.HELD) == []
+
+
+# Idle.
+
+
+def test_a_session_that_no_request_asks_for_is_forgotten_after_idle_timeout_and_is_no_recovery() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=REFUSING)
+    prober.run(99.9)
+    assert set(prober.sessions) == {D}
+    prober.run(0.2)
+    assert set(prober.sessions) == set()
+    assert prober.removed == [D], "its count of failures is left behind"
+    assert [entry.detail for entry in prober.seen(Event.DROPPED, D)] == [
+        {"idle_s": about(100), "outage_s": about(100), "refused": 0}
+    ]
+    assert prober.let_in(D) == []
+    assert prober.sleeps_for_good()
+
+
+def test_a_session_is_kept_while_requests_ask_for_it() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=REFUSING)
+    for _ in range(10):
+        prober.run(99)
+        assert prober.request(D), "forgotten while requests ask for it: each of them would now fail slowly"
+    prober.run(101)
+    assert not prober.request(D)
+
+
+def test_another_failure_starts_idle_timeout_again() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=REFUSING)
+    prober.run(60)
+    prober.fail(D)
+    prober.run(99)
+    assert set(prober.sessions) == {D}
+
+
+def test_what_comes_of_a_call_to_a_session_that_was_forgotten_changes_nothing() -> None:
+    prober = VirtualProber(idle_timeout_s=30.0, settle_s=0.0, verify=False)
+    prober.fail(D, peer=HUNG)
+    prober.run(31)
+    assert prober.seen(Event.DROPPED, D)
+    prober.resume(D)
+    prober.run(2)
+    assert prober.let_in(D) == [], "counted as a recovery"
+    assert prober.sleeps_for_good()
+
+
+def test_sessions_that_came_and_went_are_not_kept_however_long_the_idle_timeout_is() -> None:
+    prober = VirtualProber(idle_timeout_s=1e9)
+    prober.fail("gone:1", peer=REFUSING)
+    for session in many("decode", 500):
+        prober.fail(session, peer=REFUSING)
+        prober.register(session)
+    prober.run(1200)
+    assert set(prober.watch.known) == {"gone:1"}
+    assert len(prober.watch._due) == 2, "one to probe it, one for its end"
+
+
+def test_an_unverified_peer_that_is_never_used_again_is_forgotten() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.fail("stopped:1", peer=HUNG)
+    prober.run(31)
+    use_until(prober, 50)
+    for _ in range(100):
+        prober.request("stopped:1")
+        prober.run(10)
+    assert set(prober.watch.known) == {"stopped:1"}, "what nobody needs stays for good"
+
+
+# Malformed.
+
+NO_SESSION_IDS = [
+    *["", "abc", "host", "host:", ":7001", "host:0", "host:-1", "host:080", "host:65536", "host:100000", "host:0x1b"],
+    *["host:7001 ", "host:7001\n", "ho st:7001", "host:7001:7002", "host:\u0661\u0662"],
+    *["::1:7001", "[::1]", "[::1]7001", "[host]:7001", None, 7001, b"host:7001", ("host", 7001)],
+]
+
+
+@pytest.mark.parametrize("session", NO_SESSION_IDS, ids=repr)
+def test_what_is_no_session_id_is_never_probed_and_said_once(session: Any) -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    for _ in range(3):
+        prober.fail(session, peer=HEALTHY)
+        prober.run(10)
+        assert prober.request(session)
+    prober.run(101)
+    assert prober.seen("probe") == prober.seen("read") == [], "Mooncake would ask some other process"
+    assert len(prober.seen(Event.MALFORMED, session)) == 1
+    assert len(prober.seen(Event.DROPPED, session)) == 1
+
+
+@pytest.mark.parametrize(
+    "session", ["127.0.0.1:1", "decode-0.decode.svc:12001", "my_host:65535", "[::1]:7001", "[fe80::1%eth0]:7001"]
+)
+def test_host_and_port_are_a_session_id(session: str) -> None:
+    prober = VirtualProber()
+    prober.fail(session, peer=HEALTHY)
+    prober.run(1.1)
+    assert prober.let_in(session)
+
+
+def test_a_stream_of_malformed_ids_is_said_up_to_a_bound() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(*(f"no session {number}" for number in range(SAID_LIMIT + 500)), peer=HEALTHY)
+    prober.run(101)
+    assert len(prober.seen(Event.MALFORMED)) == SAID_LIMIT
+    assert prober.sessions == set()
+
+
+# What logs and metrics are told.
+
+
+def test_a_story_is_told_in_events_that_add_up() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=HEALTHY)
+    prober.request(D)
+    prober.request(D)
+    prober.run(2)
+    prober.request(D)
+    prober.fail(D)
+    prober.fail(OTHER, peer=REFUSING)
+    prober.run(101)
+    assert [(round(entry.at), entry.what, entry.session) for entry in prober.log if isinstance(entry.what, Event)] == [
+        (0, Event.BLACKLISTED, D),
+        (1, Event.RECOVERED, D),
+        (2, Event.BLACKLISTED, D),
+        (2, Event.HELD, D),
+        (2, Event.BLACKLISTED, OTHER),
+        (3, Event.RECOVERED, D),
+        (102, Event.DROPPED, OTHER),
+    ]
+    recovery, second = prober.seen(Event.RECOVERED, D)
+    assert recovery.detail == {"outage_s": about(1.0), "refused": 2, "unverified": None}
+    assert second.detail["refused"] == 0
+
+
+def test_the_daemon_thread_hears_of_a_registration_and_can_tell_how_many_are_left() -> None:
+    prober = VirtualProber()
+    prober.fail(D, OTHER, peer=HUNG)
+    prober.run(10)
+    assert not prober.is_awake()
+    prober.register(D)
+    assert prober.is_awake(), "the gauge is wrong until the probe of a hung peer returns"
+    prober.run(1)
+    prober.sessions.clear()
+    assert prober.is_awake()
