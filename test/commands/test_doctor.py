@@ -445,9 +445,3 @@ def test_a_metrics_folder_that_is_not_there(sound: Environment, tmp_path: pathli
     assert report.errors == [MULTIPROC]
     assert report.verdict.startswith(f"{WILL_NOT_START}{MULTIPROC}={tmp_path / 'nowhere'} is no folder")
     assert sound.doctor(**{MULTIPROC: str(tmp_path)}, **ON).line(MULTIPROC)["mark"] == "ok"
-
-
-@pytest.mark.parametrize(("limit", "mark"), [(512, "warning"), (None, "ok"), (100_000, "ok")])
-def test_a_container_that_may_have_few_threads(limit: int | None, mark: str) -> None:
-    (line,) = doctor._look_at_thread_limit(limit)
-    assert line.mark == mark

@@ -34,7 +34,7 @@ class Prefill:
         self.blacklisted = self._gauge("sglang:failed_sessions_blacklisted")
         self.in_flight = self._gauge("sglang:failed_session_probes_in_flight")
         self.limit = self._gauge("sglang:failed_session_probes_limit")
-        self.limit.set(992)
+        self.limit.set(32)
         self.outages = Histogram(
             "sglang:failed_session_outage_duration_seconds", "", registry=self._registry, buckets=(1, 2, 4, 60)
         )
@@ -108,10 +108,10 @@ def test_a_row_a_node_with_its_figures() -> None:
     headings, first, second = output.splitlines()
     assert headings.split("  ")[0].strip() == "node"
     assert first.split() == [
-        *(healthy.removeprefix("http://"), "0", "12", "14", "2", "0/992", "~1.8", "s", "of", "3"),
+        *(healthy.removeprefix("http://"), "0", "12", "14", "2", "0/32", "~1.8", "s", "of", "3"),
         *("30", "answered,", "400", "unanswered", "nothing", "is", "blacklisted"),
     ]
-    assert second.split()[:6] == [troubled.removeprefix("http://"), "2", "0", "0", "0", "3/992"]
+    assert second.split()[:6] == [troubled.removeprefix("http://"), "2", "0", "0", "0", "3/32"]
     assert second.endswith("2 blacklisted: they do not answer")
 
 
@@ -124,7 +124,7 @@ def test_a_row_a_node_with_its_figures() -> None:
         ("error", 0, "2 blacklisted: probes raise, see the log"),
         ("unavailable", 0, "2 blacklisted: cannot be probed, Mooncake is too old"),
         ("", 2, "2 blacklisted: probes hang: a stopped process or dropped packets"),
-        ("", 992, "2 blacklisted: stuck probes at their bound, hung peers take turns"),
+        ("", 32, "2 blacklisted: as many probes hang as may, hung peers take turns"),
         ("", 0, "2 blacklisted: no probe has ended, look at its log"),
     ],
 )

@@ -15,10 +15,10 @@ from prometheus_server import PrometheusServer
 
 SHUT_PORTS = (20001, 20000)  # handshake and data
 METRICS_PORTS = range(9100, 9200)  # which no connection takes while a node is away
-MANY, HUNG = 6, 3
-RESERVED = 32  # threads that hung peers never get
+MANY, HUNG = 6, 4
 SWITCHED_OFF = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "0"}
 SETTINGS = {
+    "hung": {"SGLANG_FAILED_SESSION_PROBE_CONCURRENCY": str(HUNG // 2)},  # so that as many hang as may
     "data_port_shut": {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "300"},  # not let in unverified before the end
     "flapping": dict.fromkeys(  # held for a second, however often it fails
         ("SGLANG_FAILED_SESSION_PROBE_INTERVAL_S", "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S"), "1"
@@ -94,8 +94,6 @@ def faults(fleet: Fleet, network: Network, folder: pathlib.Path) -> Iterator[Non
         stack.enter_context(nodes["stopped"].stopped())
         stack.enter_context(network.rejected(nodes["shut"].data_port))
         hanging = stack.enter_context(imposters("silent", HUNG, network=network.path))
-        nodes["hung"].ask("let_hang", RESERVED + HUNG)
-        nodes["hung"].ask("show_limit")
         nodes["hung"].ask("fail", hanging)
         nodes["many"].ask("fail", [f"127.0.0.1:{1 + port}" for port in range(MANY)])
         nodes["old_mooncake"].ask("fail", ["127.0.0.1:1"])

@@ -66,5 +66,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for way, played in sorted(exits.items()):
         seconds = [told["seconds"] for told in played]
         aborts = sum(told["status"] == -signal.SIGABRT for told in played)
-        times = f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s"
+        stop_s = max(told["stopped_s"] for told in played)
+        times = (
+            f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s, the probe's part {stop_s:.2f} s"
+        )
         terminalreporter.write_line(f"{way}: {len(played)} exits, {aborts} aborts, {times}")

@@ -3,8 +3,8 @@
     exiting_prefill.py PLAN
 
 PLAN is a Plan in JSON. The process tells on stdout, a line of JSON each, when its probes are in flight, when it begins
-to end and, from its last exit handler, which signals it then has handlers for. A line on stdin, or a signal if that is
-the way out, is the word to end.
+to end and, from its last exit handler, how long the others took and which signals it then has handlers for. A line on
+stdin, or a signal if that is the way out, is the word to end.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Plan:
     failing: bool = False  # ... again and again, so that all of them are probed all the time
     busy: int = 0  # threads that work in Python all the time, as there are in a prefill process under load
     address: int = 0  # of the memory they register, if they do
-    in_flight: int = 0  # so many calls are to be in the engine before it ends ...
-    call: str = "ask"  # ... out of this function of session_probe.py
+    in_flight: int = 0  # so many probes, or synchronous reads, are to be in the engine before it ends
+    reads: int = 0  # so many peers' reads are to be pending before it ends
+    lacks: list[str] = dataclasses.field(default_factory=list)  # calls that this Mooncake has not
+    told_by_the_kernel: bool = True  # where a thread waits; else, as under gVisor, no call can be ended
     teardown: bool = False  # manager.teardown() comes first
     finalization_s: float = 0.0  # an object whose __del__ takes that long is left to the interpreter
 
@@ -54,9 +56,24 @@ class SlowToDelete:
         sleep(self._seconds)
 
 
-def in_the_engine(call: str) -> int:
-    """How many threads are in a call of Mooncake's engine out of the function named ``call``."""
-    return sum(frame.f_code.co_name == call for frame in sys._current_frames().values())
+def in_the_engine() -> int:
+    """How many threads are in a probe or a synchronous read."""
+    return sum(is_in_the_engine(frame) for frame in sys._current_frames().values())
+
+
+def is_in_the_engine(frame: types.FrameType | None) -> bool:
+    """True if the frame is beneath one of the functions of session_probe.py that make these calls."""
+    while frame is not None:
+        if frame.f_code.co_name in ("ask", "_read_one_by_one"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def pending_reads(manager: Any) -> int:
+    """Of how many peers reads are pending."""
+    prober = getattr(manager, "_failed_session_prober", None)
+    return len(prober._pending._looks) if prober else 0
 
 
 def handlers() -> dict[str, Any]:
@@ -67,18 +84,22 @@ def handlers() -> dict[str, Any]:
     return {"kernel": mask, "python": in_python}
 
 
-def make_manager(role: str) -> Any:
-    """A standing-alone manager with some memory."""
+def make_manager(role: str, lacks: list[str]) -> Any:
+    """A standing-alone manager with some memory, whose engine lacks these calls."""
+    from faulty_engine import faulty_engine_of
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 
     memory = (ctypes.c_char * BYTES)()
     address = ctypes.addressof(memory)
-    return MooncakeKVManager(
+    manager = MooncakeKVManager(
         types.SimpleNamespace(
             kv_data_ptrs=[address], kv_data_lens=[BYTES], aux_data_ptrs=[], aux_data_lens=[], memory=memory
         ),
         role,
     )
+    for call in lacks:
+        faulty_engine_of(manager).misbehave(call, "lacks")
+    return manager
 
 
 def fail(manager: Any, sessions: list[str]) -> None:
@@ -114,9 +135,9 @@ def start_probes(manager: Any, plan: Plan) -> None:
     if plan.failing:
         threading.Thread(target=keep_failing, args=(manager, plan.sessions), daemon=True).start()
     deadline = time.monotonic() + 20
-    while (there := in_the_engine(plan.call)) < plan.in_flight:
+    while (there := in_the_engine()) < plan.in_flight or pending_reads(manager) < plan.reads:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{there} calls are in the engine, not {plan.in_flight}")
+            raise TimeoutError(f"{there} calls are in the engine, not {plan.in_flight}, or no reads are pending")
         time.sleep(0.001)
 
 
@@ -128,7 +149,8 @@ class Process:
         self._answers = os.dup(1)
         os.dup2(2, 1)  # Mooncake prints
         self._ending = False
-        atexit.register(lambda: self._say(handlers=handlers()))  # registered first, so it runs last
+        self._began_at = time.monotonic()
+        atexit.register(self._say_ended)  # registered first, so it runs last
         if plan.way in ("SIGTERM", "SIGTERM twice"):
             signal.signal(signal.SIGTERM, self._on_sigterm)
         elif plan.way == "SIGQUIT":
@@ -137,7 +159,11 @@ class Process:
 
     def _make(self) -> Any:
         if self.plan.role:
-            return make_manager(self.plan.role)
+            if not self.plan.told_by_the_kernel:
+                from sglang.srt.disaggregation.mooncake import hung_call
+
+                hung_call.wait_of = lambda thread: None
+            return make_manager(self.plan.role, self.plan.lacks)
         import sglang_failed_session_probe
 
         sglang_failed_session_probe.activate()
@@ -148,7 +174,7 @@ class Process:
         """Comes to the point at which probes are in flight, awaits the word, and ends."""
         if self.plan.sessions:
             start_probes(self.manager, self.plan)
-        self._say(in_flight=in_the_engine(self.plan.call), handlers=handlers())
+        self._say(in_flight=in_the_engine(), reads=pending_reads(self.manager), handlers=handlers())
         while not select.select([sys.stdin], [], [], 0.01)[0]:  # as an event loop, where a signal is heard at once
             pass
         self._begin_to_end()
@@ -173,11 +199,15 @@ class Process:
 
     def _begin_to_end(self) -> None:
         self._ending = True
-        began = time.monotonic()
+        self._began_at = time.monotonic()
         if self.plan.teardown:
             self.manager.teardown()
         threads = [thread.name for thread in threading.enumerate()]
-        self._say(teardown_s=time.monotonic() - began, threads=threads)
+        teardown_s = time.monotonic() - self._began_at
+        self._say(teardown_s=teardown_s, threads=threads, in_flight=in_the_engine())
+
+    def _say_ended(self) -> None:
+        self._say(stopped_s=time.monotonic() - self._began_at, handlers=handlers())
 
     def _say(self, **values: Any) -> None:
         os.write(self._answers, json.dumps(values).encode() + b"\n")

@@ -20,17 +20,24 @@ RAISED: dict[str, type[BaseException]] = {
 
 
 class FaultyEngine:
-    """Mooncake's engine, of which some calls misbehave, for one session or for all. Counts calls. Any thread."""
+    """Mooncake's engine, of which some calls misbehave, for one session or for all. Counts calls. Any thread.
+
+    ``transfer_check_status`` has the session whose read it asks about.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._faults: dict[tuple[str, str | None], tuple[str, Any]] = {}
         self._counts: dict[tuple[str, str], list[int]] = {}
+        self._read_from: dict[int, str] = {}  # session by batch; Mooncake gives numbers out anew
         self._lock = threading.Lock()
         self._never = threading.Event()
 
     def misbehave(self, call: str, how: str, value: Any = None, session: str | None = None) -> None:
-        """`how`: "gives" (the value), "raises" (the name of an error), "hangs", "lacks" (no such call), "works"."""
+        """`how`: "gives" (the value), "raises" (the name of an error), "hangs", "lacks" (no such call), "works".
+
+        A read never ends whose `transfer_check_status` "gives" 0.
+        """
         with self._lock:
             self._faults[call, session] = (how, value)
 
@@ -45,7 +52,7 @@ class FaultyEngine:
             raise AttributeError(name)
 
         def call(*arguments: Any) -> Any:
-            session = arguments[0] if arguments and isinstance(arguments[0], str) else ""
+            session = self._session_of(name, arguments)
             self._count(name, session, 0)
             try:
                 how, value = self._faults.get((name, session)) or self._faults.get((name, None), ("works", None))
@@ -53,11 +60,20 @@ class FaultyEngine:
                     self._never.wait()
                 if how == "raises":
                     raise RAISED[value]("a fault of the test")
-                return value if how == "gives" else work(*arguments)
+                result = value if how == "gives" else work(*arguments)
+                if name == "batch_transfer_async_read" and type(result) is int:
+                    self._read_from[result] = session
+                return result
             finally:
                 self._count(name, session, 1)
 
         return call
+
+    def _session_of(self, name: str, arguments: tuple[Any, ...]) -> str:
+        first = arguments[0] if arguments else ""
+        if name == "transfer_check_status":
+            return self._read_from.get(first, "")
+        return first if isinstance(first, str) else ""
 
     def _count(self, name: str, session: str, which: int) -> None:
         with self._lock:

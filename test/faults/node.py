@@ -203,7 +203,7 @@ def serve(role: str, handshake_port: int) -> None:
     """The body of the process. `handshake_port` is the one it must have, 0: any."""
     from faulty_engine import faulty_engine_of
     from prometheus_client import REGISTRY, start_http_server
-    from sglang.srt.disaggregation.mooncake import failed_sessions
+    from sglang.srt.disaggregation.mooncake import session_states, session_watch
     from sglang.srt.disaggregation.mooncake.conn import KVTransferError, PeerMemory
 
     memory = (ctypes.c_char * MEMORY)()
@@ -238,6 +238,12 @@ def serve(role: str, handshake_port: int) -> None:
         manager.teardown()
         return time.monotonic() - began
 
+    def set_rule(name: str, value: float) -> None:
+        modules = [module for module in (session_states, session_watch) if hasattr(module, name)]
+        assert modules, f"there is no rule {name}"
+        for module in modules:
+            setattr(module, name, value)
+
     commands: dict[str, Callable[..., Any]] = {
         "send": send,
         "register": lambda session, there: manager.register_decode(session, PeerMemory([there])),
@@ -248,15 +254,16 @@ def serve(role: str, handshake_port: int) -> None:
         "failures": lambda: dict(manager.session_failures),
         "threads": lambda: sorted(thread.name for thread in threading.enumerate()),
         "recoveries": lambda: REGISTRY.get_sample_value("sglang:failed_session_recoveries_total"),
-        "show_limit": lambda: manager._failed_session_prober.metrics.start(manager.failed_sessions.most_stuck()),
+        "cpu_s": time.process_time,
+        "pending_reads": lambda: len(manager._failed_session_prober._pending._looks),
+        "in_flight": lambda: manager._failed_session_prober.watch.in_flight(),
         "serve_metrics": lambda port: start_http_server(port, addr="127.0.0.1")[0].server_port,
         "teardown": teardown,
         "send_blocks": send_blocks,
         "fill_part": lambda byte, offset, length: ctypes.memset(address + offset, byte, length) and None,
         "count": lambda byte, offset, length: ctypes.string_at(address + offset, length).count(bytes([byte])),
         "read_directly": lambda session, there: manager.engine.engine.transfer_sync_read(session, address, there, 8),
-        "set_rule": lambda name, value: setattr(failed_sessions, name, value),
-        "let_hang": lambda probes: setattr(manager.failed_sessions, "_stuck_limit", probes),
+        "set_rule": set_rule,
         "misbehave": lambda *fault: faulty_engine_of(manager).misbehave(*fault),
         "calls": lambda call: faulty_engine_of(manager).calls(call),
         "exit": sys.exit,

@@ -98,7 +98,7 @@ def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failu
 
 
 @pytest.mark.skipif(bool(why_no_network()), reason=f"no network fault is injected: {why_no_network()}")
-def test_a_verification_that_hung_during_a_registration_does_not_answer_for_a_later_failure(
+def test_reads_that_were_pending_during_a_registration_do_not_answer_for_a_later_failure(
     tmp_path: pathlib.Path, record_fault: RecordFault
 ) -> None:
     patient = {SETTLE: "0.1", "MC_TRANSFER_TIMEOUT": "30"}
@@ -106,16 +106,16 @@ def test_a_verification_that_hung_during_a_registration_does_not_answer_for_a_la
         (data,) = set(network.listening_ports(decode.process.pid)) - {int(decode.session.rpartition(":")[2])}
         with network.closed(data, "DROP"):
             prefill.ask("fail", [decode.session])
-            wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (1, 0), 10, "a read that hangs")
-            register_and_fail_again(prefill, decode)
+            wait_until(lambda: prefill.ask("pending_reads") == 1, 10, "reads that are pending")
             prefill.misbehave("send_probe", "gives", REFUSED)
-        # Each of the four came back with 0, or there were fewer: the old verification found the memory readable.
-        wait_until(lambda: prefill.calls("transfer_sync_read", decode.session) == (4, 4), 25, "four good reads")
+            register_and_fail_again(prefill, decode)
+        wait_until(lambda: prefill.ask("pending_reads") == 0, 25, "an end of the reads")
+        assert prefill.calls("batch_transfer_async_read", decode.session) == (4, 4), "other reads were begun"
         assert_stays_out(prefill, 1.5)
         prefill.misbehave("send_probe", "works")
         served_s = prefill.wait_until_served(decode, deadline_s=10)
         prefill.wait_for_recoveries(1)
-        record_fault("registration", "during a verification that hangs", lost=0, served_after_s=served_s)
+        record_fault("registration", "while reads are pending", lost=0, served_after_s=served_s)
 
 
 def test_a_registration_on_probation_makes_the_next_failure_a_first_one(

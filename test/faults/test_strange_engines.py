@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,15 +103,32 @@ def test_an_engine_that_is_strange_altogether_heals_its_sessions_as_soon_as_it_w
     assert "Traceback" not in prefill.log_text()
 
 
+# How Mooncake reads: the call, whether it lacks the asynchronous ones, and what is no right answer of it.
+READS = {
+    "begun": ("batch_transfer_async_read", False, [0, None, True, False, "7", 0.0, -0.0, 7.0, [7]]),
+    "looked at": ("transfer_check_status", False, [-1, -2, 2, None, True, False, "1", 0.0, -0.0, 1.0, [1]]),
+    "made at once": ("transfer_sync_read", True, [-1, 1, None, True, False, "0", 0.0, -0.0, [0]]),
+}
+
+
+def can_only_read_at_once(prefill: Node) -> None:
+    for call in ("batch_transfer_async_read", "transfer_check_status"):
+        prefill.misbehave(call, "lacks")
+
+
+@pytest.mark.parametrize("read", READS)
 def test_reads_that_raise_or_give_nonsense_let_in_after_interval_and_the_log_says_why(
-    nodes: tuple[Node, Node], record_fault: RecordFault
+    read: str, nodes: tuple[Node, Node], record_fault: RecordFault
 ) -> None:
     prefill, decode = nodes
-    strange = strange_sessions(prefill, decode, "transfer_sync_read", [*RAISING, ("gives", -1), *WRONG_ANSWERS])
+    call, at_once, wrong_answers = READS[read]
+    if at_once:
+        can_only_read_at_once(prefill)
+    strange = strange_sessions(prefill, decode, call, [*RAISING, *(("gives", value) for value in wrong_answers)])
     failed_at = time.monotonic()
     prefill.ask("fail", [*strange, decode.session])
     served_s = prefill.wait_until_served(decode, deadline_s=10)
-    record_fault("strange reads", f"{len(strange)} of them", lost=0, served_after_s=served_s)
+    record_fault("strange reads", f"{len(strange)} of them, {read}", lost=0, served_after_s=served_s)
 
     while prefill.ask("blacklisted") == sorted(strange):
         assert time.monotonic() - failed_at < INTERVAL_S + 15, "they answer and are never let in"
@@ -120,49 +138,107 @@ def test_reads_that_raise_or_give_nonsense_let_in_after_interval_and_the_log_say
     prefill.wait_for_recoveries(1 + len(strange))
     prefill.wait_for_log("was let in on probation", times=len(strange))
     for session, (how, value) in strange.items():
-        (warning,) = [line for line in prefill.log_text().splitlines() if f"{session} was let in on probation" in line]
-        assert f"reading its memory {'raised ' + value if how == 'raises' else f'gave {value!r}'}" in warning
-    assert f"{decode.session} was let in on probation" not in prefill.log_text(), "strange reads held up others"
+        (warning,) = let_in_without_proof(prefill, session)
+        assert f"reading its memory {said_of(call, how, value)}" in warning
+    assert let_in_without_proof(prefill, decode.session) == [], "strange reads held up others"
     assert "Traceback" not in prefill.log_text()
 
 
-@pytest.mark.parametrize("hanging", [1, 4])
-def test_reads_that_never_return_hold_up_others_for_the_interval_at_most(
-    hanging: int, nodes: tuple[Node, Node], record_fault: RecordFault
+def let_in_without_proof(prefill: Node, session: str) -> list[str]:
+    """What the log says when the session is let in unverified."""
+    return [line for line in prefill.log_text().splitlines() if f"{session} was let in on probation" in line]
+
+
+def said_of(call: str, how: str, value: Any) -> str:
+    if how == "raises":
+        return f"raised {value}"
+    return "was refused" if call == "batch_transfer_async_read" and value == 0 else f"gave {value!r}"
+
+
+# A call that does not return keeps its thread, and the kernel does not know for what it waits: it cannot be ended.
+NEVER = {
+    "return": ("batch_transfer_async_read", False, ("hangs", None)),
+    "return at once": ("transfer_sync_read", True, ("hangs", None)),
+    "end": ("transfer_check_status", False, ("gives", 0)),
+}
+
+
+@pytest.mark.parametrize("hanging", [1, 20])
+@pytest.mark.parametrize("never", NEVER)
+def test_reads_that_never_end_hold_up_nobody_and_their_sessions_are_let_in_after_interval(
+    never: str, hanging: int, nodes: tuple[Node, Node], record_fault: RecordFault
 ) -> None:
-    """A slow verification lets others go beside it, up to four; past that, INTERVAL decides."""
     prefill, decode = nodes
-    strange = strange_sessions(prefill, decode, "transfer_sync_read", [("hangs", None)] * hanging)
+    call, at_once, fault = NEVER[never]
+    if at_once:
+        can_only_read_at_once(prefill)
+    strange = strange_sessions(prefill, decode, call, [fault] * hanging)
+    failed_at = time.monotonic()
+    prefill.ask("fail", [*strange])
     for session in strange:
-        prefill.ask("fail", [session])
-        wait_until_read(prefill, session)
+        wait_until_read(prefill, call, session)
     prefill.ask("fail", [decode.session])
-    served_s = prefill.wait_until_served(decode, deadline_s=INTERVAL_S + 10)
-    record_fault("reads that never return", f"{hanging} of them", lost=0, served_after_s=served_s)
-    if hanging == 4:
-        prefill.wait_for_log(f"{decode.session} was let in on probation without proof")
-        assert "other verifications took all the time" in prefill.log_text()
-    else:
-        prefill.wait_for_log(f"Session {decode.session} recovered")
-        assert "without proof" not in prefill.log_text()
-    assert prefill.ask("blacklisted") == sorted(strange)
+    served_s = prefill.wait_until_served(decode, deadline_s=INTERVAL_S - 1)
+    record_fault(f"reads that never {never}", f"{hanging} of them", lost=0, served_after_s=served_s)
+    prefill.wait_for_log(f"Session {decode.session} recovered")
+    assert let_in_without_proof(prefill, decode.session) == [], "reads of others held it up"
+
+    wait_until_blacklist_is(prefill, [], deadline_s=20)
+    assert time.monotonic() - failed_at >= INTERVAL_S, "let in though its memory could not be read"
+    prefill.wait_for_recoveries(1 + hanging)
+    prefill.wait_for_log("was let in on probation", times=hanging)
+    for session in strange:
+        (warning,) = let_in_without_proof(prefill, session)
+        (hung_for_s,) = re.findall(r"but reads of its memory have not ended for (\d+) s", warning)
+        assert 1 <= int(hung_for_s) <= 20
+    assert "Traceback" not in prefill.log_text()
 
 
-def wait_until_read(prefill: Node, session: str) -> None:
+def wait_until_read(prefill: Node, call: str, session: str) -> None:
     deadline = time.monotonic() + 20
-    while prefill.calls("transfer_sync_read", session)[0] == 0:
+    while prefill.calls(call, session)[0] == 0:
         assert time.monotonic() < deadline, f"the memory of {session} is not read; log:\n{prefill.log_text()}"
         time.sleep(0.02)
 
 
 def test_where_mooncake_cannot_read_the_handshake_decides(nodes: tuple[Node, Node], record_fault: RecordFault) -> None:
     prefill, decode = nodes
+    can_only_read_at_once(prefill)
     prefill.misbehave("transfer_sync_read", "lacks")
     prefill.blacklist(decode)
     served_s = prefill.wait_until_served(decode, deadline_s=10)
     record_fault("strange engine", "cannot read", lost=0, served_after_s=served_s)
     prefill.wait_for_recoveries(1)
     assert "without proof" not in prefill.log_text()
+
+
+def test_where_mooncake_can_only_read_at_once_a_session_is_verified_all_the_same(
+    nodes: tuple[Node, Node], record_fault: RecordFault
+) -> None:
+    prefill, decode = nodes
+    can_only_read_at_once(prefill)
+    prefill.blacklist(decode)
+    served_s = prefill.wait_until_served(decode, deadline_s=10)
+    record_fault("strange engine", "can only read at once", lost=0, served_after_s=served_s)
+    prefill.wait_for_recoveries(1)
+    assert prefill.calls("transfer_sync_read", decode.session) == (4, 4)
+    assert "without proof" not in prefill.log_text()
+
+
+def test_a_page_that_mooncake_does_not_take_is_said_once_and_counts_as_unverified(
+    nodes: tuple[Node, Node], record_fault: RecordFault
+) -> None:
+    prefill, decode = nodes
+    prefill.misbehave("register_memory", "gives", -1)
+    for outage in (1, 2):
+        prefill.blacklist(decode)
+        served_s = prefill.wait_until_served(decode, deadline_s=10)
+        record_fault("strange engine", "takes no page to read into", lost=0, served_after_s=served_s)
+        prefill.wait_for_recoveries(outage)
+        prefill.register(decode)  # the next failure is a first one again
+    prefill.wait_for_log("was let in on probation", times=2)
+    assert all("register a page to read into" in line for line in let_in_without_proof(prefill, decode.session))
+    assert prefill.log_text().count("so no peer's memory can be read for now") == 1
 
 
 MALFORMED = [

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
-from sglang.srt.disaggregation.mooncake import conn, session_probe
+from sglang.srt.disaggregation.mooncake import conn, probe_workers, session_probe, standalone_manager
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, PeerMemory
 from sglang.srt.observability import failed_session_log
 
@@ -178,10 +178,12 @@ class WatchedEngine:
         self.order = itertools.count()  # of failures and questions: its `next` cannot be interrupted
         self.probes = 0
         self.answered: dict[str, int] = {}  # when the newest probe was asked that gave 0
+        self.pending: dict[int, str] = {}  # reads that have not ended, and from whom
         self.wrong: list[str] = []
         self._watch = watch
         self._behave = behave
         self._out: collections.Counter[str] = collections.Counter()
+        self._batches = itertools.count(1)
         self._lock = threading.Lock()
 
     def heal(self) -> None:
@@ -197,8 +199,23 @@ class WatchedEngine:
             self.answered[session] = asked_at
         return rc
 
-    def transfer_sync_read(self, session: str, *_: int) -> int:
-        return self._call("transfer_sync_read", session)
+    def batch_transfer_async_read(self, session: str, *_: list[int]) -> int:
+        if self._call("batch_transfer_async_read", session) != 0:
+            return 0
+        batch = next(self._batches)
+        self.pending[batch] = session
+        return batch
+
+    def transfer_check_status(self, batch: int) -> int:
+        self._look_at_session_lock("transfer_check_status")
+        session = self.pending.pop(batch, None)
+        if session is None:
+            self.wrong.append("a read was looked at after it had ended, or twice at a time: its memory is freed then")
+            return -1
+        status = 1 if self.healthy else self._behave("transfer_check_status", session)
+        if status == 0:
+            self.pending[batch] = session
+        return status
 
     def register_memory(self, address: int, length: int) -> int:
         self._look_at_session_lock("register_memory")
@@ -212,7 +229,7 @@ class WatchedEngine:
 
     def _call(self, call: str, session: str) -> int:
         self._look_at_session_lock(call)
-        with self._only_one_to(session):
+        with self._only_one_to(session) if call == "send_probe" else contextlib.nullcontext():
             return 0 if self.healthy else self._behave(call, session)
 
     def _look_at_session_lock(self, call: str) -> None:
@@ -224,7 +241,7 @@ class WatchedEngine:
         with self._lock:
             self._out[session] += 1
             if self._out[session] > 1:
-                self.wrong.append(f"{session} was asked twice at a time")
+                self.wrong.append(f"{session} was probed twice at a time")
         try:
             yield
         finally:
@@ -241,7 +258,9 @@ class Whims:
 
     def __call__(self, call: str, session: str) -> int:
         chance = self._chance.random()
-        rare = 0.1 if call == "transfer_sync_read" else 1.0
+        if call == "transfer_check_status":
+            return self._status(chance)
+        rare = 0.1 if call == "batch_transfer_async_read" else 1.0
         if session in ORPHANS:
             return REFUSED
         if chance < 0.02 * rare:
@@ -254,6 +273,12 @@ class Whims:
         if chance > 0.7:
             self.engine.goes_on.wait(self._chance.uniform(0.0, 0.005))
         return 0
+
+    def _status(self, chance: float) -> int:
+        """Of a read: failed, done, or pending."""
+        if chance < 0.005:
+            raise RuntimeError("an engine that raises")
+        return -1 if chance < 0.01 else 1 if chance < 0.4 else 0
 
 
 # What the threads do, and write down.
@@ -407,7 +432,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Every lock that our modules make while the test runs is watched."""
     watch = Watch()
     watching = types.SimpleNamespace(**{**vars(threading), "Lock": watch.lock})
-    for module in (conn, session_probe):
+    for module in (conn, session_probe, probe_workers, standalone_manager):
         monkeypatch.setattr(module, "threading", watching)
     return watch
 
@@ -496,6 +521,10 @@ def test_no_session_is_lost_while_many_threads_use_the_blacklist(
     wait_until(lambda: all_let_in(record), 30, "sessions whose peers are well stay out for good")
     record.assert_right()
     wait_until(lambda: told.recoveries + told.drops == record.taken_off, 20, "what was let in is not told")
+    wait_until(
+        lambda: not manager.engine.pending, 20, "reads were given up while pending: Mooncake keeps them for good"
+    )
+    record.assert_right()
     print(
         f"\nseed {SEED}: {under_stress}. {record.blacklisted} blacklistings = {record.registered} registrations "
         f"+ {told.recoveries} recoveries + {told.drops} drops. {manager.session_lock.holds}"
@@ -524,7 +553,9 @@ def test_a_teardown_amid_the_traffic_ends_the_questions_and_late_answers_change_
     manager.teardown()
     record.assert_right()
     taken_off = record.taken_off
-    most_probes = manager.engine.probes + manager.failed_sessions.in_flight()  # some may only be about to begin
+    most_probes = (
+        manager.engine.probes + manager._failed_session_prober.watch.in_flight()
+    )  # some may only be about to begin
     time.sleep(0.5)
     assert manager.engine.probes <= most_probes, "peers are asked while the engine is being torn down"
     manager.engine.heal()
@@ -547,7 +578,7 @@ def never_in_time(engine: WatchedEngine, session: str) -> int:
 PEERS: dict[str, Callable[[WatchedEngine, str], int]] = {
     "hang": never_in_time,
     "refuse": lambda engine, session: REFUSED,
-    "answer": lambda engine, session: 0,
+    "answer": lambda engine, session: 0,  # and their reads never end
 }
 
 
