@@ -57,7 +57,7 @@ matrix-mooncake: network-tools
 	MOONCAKE_REPORT=$(CURDIR)/.mooncake.jsonl $(ENGINES) -m pytest test/mooncake; failed=$$?; \
 	  $(PYTHON) tools/mooncake_table.py docs/mooncake.md .mooncake.jsonl && exit $$failed
 
-# Breaks each mechanism in a copy of the tree and says which test sees it. About 40 minutes.
+# Breaks each mechanism in a copy of the tree and says which test sees it. About an hour.
 mechanisms:
 	$(ENGINES) tools/break_mechanisms.py
 

@@ -56,9 +56,9 @@ def run(command: list[str], variables: dict[str, str] | None = None) -> str:
 
 
 def main(folder: str) -> None:
-    """Check both packages, and that the newest entry of CHANGELOG.md is this version's."""
+    """Check both packages, and that the newest entry of CHANGELOG.md that is released is this version's."""
     version = str(tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"])
-    newest = re.search(r"^## (\S+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    newest = re.search(r"^## (?!Unreleased)(\S+)", (CHECKOUT / "CHANGELOG.md").read_text(), re.MULTILINE)
     if newest is None or newest[1] != version:
         raise Broken(f"the newest entry of CHANGELOG.md is not for {version}")
     packages = sorted(pathlib.Path(folder).glob(f"sglang_failed_session_probe-{version}*"))
