@@ -612,6 +612,22 @@ def test_a_session_whose_memory_cannot_be_read_is_let_in_after_interval_with_a_w
     assert len(engine.reads) == (4 if reads_are == ["async"] else 1), "reads again in Mooncake's cooldown"
 
 
+@BOTH_WAYS
+def test_the_memory_of_a_peer_that_has_fallen_silent_is_not_read(
+    reads_are: list[str], make_manager: MakeManager
+) -> None:
+    """First contact with one that is stopped holds up transfers to live ones for a minute."""
+    engine = Engine(reads_are=reads_are)
+    rcs = iter([0])
+    engine.probe[D] = lambda: next(rcs, REFUSED)
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: len(engine.asked) >= 3)
+    assert engine.reads == []
+    assert blacklisted(manager) == {D}
+
+
 # Reads that never end.
 
 

@@ -683,6 +683,18 @@ def test_a_second_request_while_it_is_read_at_the_end_of_its_probation_does_not_
     assert not prober.watch.verifying
 
 
+def test_reads_that_hung_at_the_end_of_a_probation_and_then_end_well_leave_verification_on() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    prober.becomes(D, READS_NEVER_END)
+    use_until(prober, 150)
+    (reads,) = prober.reads
+    prober.show(reads, Verdict.READABLE_LATE)
+    use_until(prober, 400)
+    assert prober.watch.verifying, "switched off though reads have shown that it can be read"
+
+
 def test_a_blip_at_the_end_of_a_probation_does_not_switch_verification_off() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=DATA_PORT_REJECTED)

@@ -50,7 +50,7 @@ def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
         return False
     try:
         copy = os.dup(wait.descriptor)
-    except OSError:  # it is closed, or the process has no descriptor left
+    except (OSError, OverflowError):  # it is closed or none, or the process has no descriptor left
         return False
     try:
         connection = socket.socket(fileno=copy)
@@ -104,13 +104,13 @@ def _bytes_at(path: str, offset: int, number: int) -> bytes:
 
 
 def _may_be_of(connection: socket.socket, session: str) -> bool:
-    """True unless the socket is connected to somebody else than the session's peer."""
+    """True unless the socket is no TCP connection, or one to somebody else than the session's peer."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+        return False
     try:
         peer = connection.getpeername()
     except OSError:  # not connected yet
-        return connection.type == socket.SOCK_STREAM
-    if connection.family not in (socket.AF_INET, socket.AF_INET6):
-        return False
+        return not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     host, _, port = session.rpartition(":")
     if peer[1] != int(port):
         return False

@@ -120,10 +120,6 @@ class Places:
     def __contains__(self, call: object) -> bool:
         return call in self._hanging or call in self._young
 
-    def hanging(self) -> int:
-        """How many calls hang."""
-        return len(self._hanging)
-
     def take(self, call: Call) -> None:
         """The call takes a place."""
         self._young[call] = None

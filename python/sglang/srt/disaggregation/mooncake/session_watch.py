@@ -278,10 +278,6 @@ class SessionWatch:
         """The calls under way."""
         return list(self._places)
 
-    def stuck(self) -> int:
-        """Calls under way that hang."""
-        return self._places.hanging()
-
     def most_in_flight(self) -> int:
         """From so many calls under way on, those that hang are ended for others."""
         return self._places.most
