@@ -533,6 +533,21 @@ def test_a_call_that_cannot_be_ended_does_not_keep_its_session_out_of_the_next_o
     assert not prober.request(D)
 
 
+def test_where_reads_that_hang_cannot_be_ended_a_newer_failure_does_not_wait_for_them() -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
+    prober.fail(D, peer=BEGIN_HANGS)
+    prober.run(1.5)
+    prober.fail(D, peer=HEALTHY)
+    prober.run(4)
+    assert prober.let_in(D), "kept out for as long as a call hangs that counts no more"
+    assert len(prober.out) == 1
+    for call in prober.out:
+        prober.answer(call, True)
+    prober.run(1)
+    prober.fail(D)
+    assert len(prober.seen(Event.HELD)) == 1, "its probation ended by a call of the outage before"
+
+
 def test_a_call_that_is_to_read_and_whose_probe_hangs_is_answered_when_the_peer_resumes() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=HEALTHY)

@@ -121,14 +121,14 @@ class Onlooker:
         self.settle_s = settle_s
         self.shut_down = False
         self.known: dict[Any, Known] = {}
-        self.in_flight: dict[Any, Call] = {}
+        self.in_flight: list[Call] = []
         self.put_on = self.recovered = self.dropped = self.registered = 0
 
     def blacklist(self) -> set[Any]:
         return {session for session, known in self.known.items() if known.blacklisted}
 
     def young(self, now: float) -> list[Call]:
-        return [call for call in self.in_flight.values() if now - call.asked_at < Places.YOUNG_S - 0.001]
+        return [call for call in self.in_flight if now - call.asked_at < Places.YOUNG_S - 0.001]
 
     def note(self, entry: Entry) -> None:
         name = entry.what.name if isinstance(entry.what, Event) else entry.what
@@ -169,7 +169,8 @@ class Onlooker:
 
     def _note_probe(self, entry: Entry, known: Optional[Known]) -> None:
         assert known is not None, f"{entry.session} was probed, and is not blacklisted"
-        assert known.blacklisted, f"{entry.session} was probed, and is not blacklisted"
+        was_to_be_read = known.to_be_read_again and not self.verifying  # and that has just been switched off
+        assert known.blacklisted or was_to_be_read, f"{entry.session} was probed, and is not blacklisted"
         self._note_call(entry, known)
 
     def _note_read(self, entry: Entry, known: Optional[Known]) -> None:
@@ -189,22 +190,26 @@ class Onlooker:
     def _note_call(self, entry: Entry, known: Known) -> None:
         assert entry.session != MALFORMED, "Mooncake was asked for what is no session id"
         assert not self.shut_down, f"{entry.session} was probed while the engine is being torn down"
-        assert entry.session not in self.in_flight, f"two calls to {entry.session} at a time"
-        self.in_flight[entry.session] = entry.detail
+        for call in self.in_flight:
+            if call.session == entry.session:
+                assert call.answered, f"two probes to {entry.session} at a time"
+                assert call not in known.fresh, f"{entry.session} was called while it was read"
+                assert call.end_tried_at > call.asked_at, f"{entry.session} was called while it could be read"
+        self.in_flight.append(entry.detail)
         known.fresh.add(entry.detail)
         known.heard_of_at = entry.at
         assert len(self.young(entry.at)) <= CONCURRENCY, "more young calls than are allowed"
 
     def _note_ended(self, entry: Entry, known: Optional[Known]) -> None:
         call, now = entry.detail, entry.at
-        assert self.in_flight[entry.session] is call
+        assert call in self.in_flight
         a_place_was_wanted = len(self.in_flight) == 2 * CONCURRENCY and now >= call.asked_at + Places.YOUNG_S - 0.001
         was_to_read = call.read and call.answered and now >= call.asked_at + READ_HANGS_S - 0.001
         assert a_place_was_wanted or was_to_read, f"the call to {entry.session} was ended for nothing"
 
     def _note_answer(self, entry: Entry, known: Optional[Known]) -> None:
         call, answered = entry.detail
-        del self.in_flight[entry.session]
+        self.in_flight.remove(call)
         if known is None:
             return
         known.heard_of_at = entry.at
@@ -294,9 +299,9 @@ class Onlooker:
         """When its reads were begun, or the call that is to begin them."""
         if known.reads_since is not None:
             return known.reads_since
-        call = self.in_flight[session]
-        assert call.read, f"{session} was let in because its reads hang, and it is not read"
-        return call.asked_at
+        began = [call.asked_at for call in self.in_flight if call in known.fresh and call.read and call.answered]
+        assert began, f"{session} was let in because its reads hang, and it is not read"
+        return began[0]
 
     def _note_dropped(self, entry: Entry, known: Optional[Known]) -> None:
         assert known is not None, f"{entry.session} was forgotten, and was not blacklisted"
@@ -490,7 +495,7 @@ class BlacklistMachine(RuleBasedStateMachine):
         blacklist = self.seen_blacklist() - {MALFORMED}
         if self.onlooker.shut_down or not self.calls_can_be_ended:
             return
-        for session in blacklist - set(self.onlooker.in_flight):
+        for session in blacklist - {call.session for call in self.onlooker.in_flight}:
             unprobed_s = self.prober.clock.now - self.onlooker.known[session].heard_of_at
             assert unprobed_s <= INTERVAL_S + A_MOMENT_S, f"{session} may have healed, and nobody looks"
 

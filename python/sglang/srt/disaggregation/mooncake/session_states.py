@@ -181,6 +181,8 @@ class Session:
 
     def read(self, now: float, verdict: Verdict, why: str) -> Decision:
         """Reads have ended; ``why`` says what was wrong with them, or why none could be made."""
+        if not self.blacklisted and verdict is not Verdict.UNREADABLE:
+            return Forget()  # it can be read, however late
         if self.reads_since is None:
             return None  # it has fallen silent since, or they have hung for too long
         self.reads_since = None
