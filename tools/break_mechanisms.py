@@ -109,7 +109,13 @@ BREAKS = [
         "backoff_s(settings.interval_s, self.relapses, settings.max_interval_s)",
         "settings.interval_s",
     ),
-    Break("settles again after a read that waited", Session.read, "verdict is Verdict.READABLE_LATE and", "False and"),
+    Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),
+    Break(
+        "settles again once if nobody looked in time",
+        Session._settles_again,
+        "(unseen and self.late_since is not None)",
+        "unseen",
+    ),
     Break(
         "settles again for INTERVAL at most",
         Session._settles_again,
@@ -246,9 +252,8 @@ BREAKS = [
         "if call.read and call.answered else None",
         "if call.read else None",
     ),
-    Break(
-        "late is what was seen pending", Reads.look, "looked_at - self._begun_at >= self.LATE_S", "False", PROBE_TESTS
-    ),
+    Break("late is what was seen pending", Reads.look, "self._late |= not in_time", "pass", PROBE_TESTS),
+    Break("what nobody looked at in time may be late", Reads.look, "if in_time else", "if True else", PROBE_TESTS),
     Break(
         "a batch is looked at until it ends",
         PendingReads.look,

@@ -154,6 +154,16 @@ def test_nothing_is_ended_as_long_as_there_are_places() -> None:
     assert prober.seen("answer", "hung:7")
 
 
+def test_nothing_is_ended_for_what_waits_only_for_young_ones_to_come_back() -> None:
+    prober = VirtualProber()
+    prober.fail(*many("hung", 10), peer=HUNG)
+    prober.run(5)
+    prober.fail(*many("slow", 30), peer=Peer(answers=False, takes=0.02))
+    prober.run(1)
+    assert {entry.session for entry in prober.seen("probe")} >= set(many("slow", 30))
+    assert prober.seen("ended") == []
+
+
 def test_places_that_nobody_wants_are_not_made() -> None:
     prober = VirtualProber()
     prober.fail(*many("hung", 2 * CONCURRENCY), peer=HUNG)
@@ -188,7 +198,9 @@ def test_a_call_that_was_not_ended_at_the_first_attempt_is_tried_again_and_not_a
         return ending
 
     prober.watch.to_end = counted  # type: ignore[method-assign]
-    prober.run(10)
+    for number in range(100):  # each failure wakes the daemon thread
+        prober.fail(f"fresh:{number + 1}", peer=HUNG)
+        prober.run(0.1)
     gaps = [b - a for a, b in itertools.pairwise(attempts)]
     assert len(gaps) > 10
     assert min(gaps) >= Places.TRY_AGAIN_S

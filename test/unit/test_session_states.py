@@ -408,6 +408,16 @@ def test_a_peer_whose_reads_always_wait_is_let_in_after_interval() -> None:
     assert 1.2 + 30.0 <= let_in_at < 1.2 + 30.0 + 1.5
 
 
+def test_reads_that_nobody_looked_at_in_time_make_it_settle_once_more_and_no_longer() -> None:
+    """A prefill process that is always starved would else keep every peer out for INTERVAL."""
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(memory=Verdict.READABLE_UNSEEN))
+    prober.run(1.5)
+    assert prober.request(D), "let in though the reads may have waited, and bytes of the failed transfer may land"
+    prober.run(1)
+    assert prober.let_in(D) == [(about(2.0), None)]
+
+
 def test_without_settle_a_read_that_waited_is_enough() -> None:
     prober = VirtualProber(settle_s=0.0)
     prober.fail(D, peer=Peer(read_takes=3.0))
@@ -486,6 +496,19 @@ def test_a_peer_that_was_gone_and_cannot_be_read_is_looked_at_less_and_less_ofte
     assert len(prober.seen("read", D)) >= len(looks) + 7, "what was known of its old process counts for the new one"
 
 
+def test_that_a_peer_was_gone_in_an_outage_counts_no_more_in_the_next() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=REFUSING)
+    prober.run(5)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    wait_until_let_in(prober)
+    prober.fail(D)
+    looks = len(prober.moments("read", D))
+    prober.run(50)
+    pauses = [b - a for a, b in itertools.pairwise(prober.moments("read", D)[looks:])]
+    assert max(pauses) < 1.2, "it has not been away, and waits as if its process were another one"
+
+
 def test_the_pauses_of_a_peer_that_was_gone_are_no_longer_than_interval() -> None:
     prober = VirtualProber(interval_s=10.0)
     relapse_waits(prober, 5)
@@ -531,21 +554,6 @@ def test_a_call_that_cannot_be_ended_does_not_keep_its_session_out_of_the_next_o
     prober.run(1)
     assert prober.watch.in_flight() == 0
     assert not prober.request(D)
-
-
-def test_where_reads_that_hang_cannot_be_ended_a_newer_failure_does_not_wait_for_them() -> None:
-    prober = VirtualProber(calls_can_be_ended=False)
-    prober.fail(D, peer=BEGIN_HANGS)
-    prober.run(1.5)
-    prober.fail(D, peer=HEALTHY)
-    prober.run(4)
-    assert prober.let_in(D), "kept out for as long as a call hangs that counts no more"
-    assert len(prober.out) == 1
-    for call in prober.out:
-        prober.answer(call, True)
-    prober.run(1)
-    prober.fail(D)
-    assert len(prober.seen(Event.HELD)) == 1, "its probation ended by a call of the outage before"
 
 
 def test_a_call_that_is_to_read_and_whose_probe_hangs_is_answered_when_the_peer_resumes() -> None:
@@ -596,6 +604,14 @@ def test_a_peer_that_cannot_be_verified_is_let_in_after_interval_with_the_reason
     prober.run(50)
     first_answer = next(entry.at for entry in prober.seen("answer", D) if entry.detail[1] is True)
     assert prober.let_in(D) == [(about(first_answer + 30), UNREADABLE)]
+
+
+def test_reads_that_fail_after_interval_let_their_peer_in_at_once() -> None:
+    prober = VirtualProber(interval_s=1.5)
+    prober.fail(D, peer=Peer(memory=Verdict.UNREADABLE, read_takes=0.9))
+    prober.run(3)
+    assert prober.let_in(D) == [(about(1.9), UNREADABLE)]
+    assert prober.moments("probe", D) == [0.0], "it is probed once more, for nothing"
 
 
 @pytest.mark.parametrize("peer", [READS_NEVER_END, DATA_PORT_DROPPED], ids=["for ever", "for 30 s"])

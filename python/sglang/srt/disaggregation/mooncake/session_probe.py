@@ -129,10 +129,12 @@ class Reads:
         """What is known of them by now, None if that is not yet anything. Takes 1 us a read; hold no lock."""
         looked_at = self._clock()
         self._pending = [batch for batch in self._pending if not self._has_ended(batch)]
+        in_time = looked_at - self._begun_at < self.LATE_S
         if self._verdict is None and not self._pending:
-            self._verdict = Verdict.READABLE_LATE if self._late else Verdict.READABLE
-        # Late is what was seen pending then, not what was looked at late: a busy interpreter makes nothing late.
-        self._late |= looked_at - self._begun_at >= self.LATE_S
+            # Late is what was seen pending then. What a busy interpreter has looked at late may have waited or not.
+            prompt = Verdict.READABLE if in_time else Verdict.READABLE_UNSEEN
+            self._verdict = Verdict.READABLE_LATE if self._late else prompt
+        self._late |= not in_time
         return self._verdict
 
     def have_ended(self) -> bool:

@@ -61,6 +61,7 @@ class Verdict(enum.Enum):
 
     READABLE = "readable"
     READABLE_LATE = "readable after a wait"  # until a connection to it was free again
+    READABLE_UNSEEN = "readable, perhaps after a wait"  # nobody looked in time: this process was starved
     CANNOT_TELL = "cannot tell"  # no way to read, or no address: the answered handshake decides
     UNREADABLE = "unreadable"
 
@@ -194,7 +195,7 @@ class Session:
                 return LetIn(unverified=why)
             read_at = now + self._pause_s(now)
             return ProbeAt(self._opens_at()) if self._opens_at() < read_at else ReadAt(read_at)
-        if verdict is Verdict.READABLE_LATE and self._settles_again(now):
+        if self._settles_again(now, verdict):
             self.answered_since = now
             return self._next(now)
         return LetIn(unverified=why or None)
@@ -225,10 +226,13 @@ class Session:
         hangs_at = max(self._opens_at(), self.reads_since + READ_HANGS_S)
         return ProbeAt(min(hangs_at, now + self.rules.interval_s))
 
-    def _settles_again(self, now: float) -> bool:
+    def _settles_again(self, now: float, verdict: Verdict) -> bool:
         """True for INTERVAL from its first read that waited for a connection: what a failed transfer has left on the
-        others lands up to 0.5 s after the first is free, and later on a slow link.
+        others lands up to 0.5 s after the first is free, and later on a slow link. Once if it only may have waited.
         """
+        unseen = verdict is Verdict.READABLE_UNSEEN
+        if not (verdict is Verdict.READABLE_LATE or unseen) or (unseen and self.late_since is not None):
+            return False
         if self.late_since is None:
             self.late_since = now
         return self.rules.settings.settle_s > 0 and now < self.late_since + self.rules.interval_s
