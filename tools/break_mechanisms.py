@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
-from sglang.srt.disaggregation.mooncake import conn, hung_call, session_probe
+from sglang.srt.disaggregation.mooncake import conn, hung_call, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
@@ -40,6 +40,7 @@ CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG
     f"{UNIT}/test_{name}.py"
     for name in ("conn", "exit", "metrics", "log", "patch", "session_probe", "hung_call", "probe_workers")
 )
+TENT_TESTS = f"{UNIT}/test_tent_probe.py"
 DEADLINE_S = 600.0
 
 
@@ -292,6 +293,15 @@ BREAKS = [
         "rc == _NO_ANSWER",
         PROBE_TESTS,
     ),
+    Break("no probe that ends the process", session_probe.ask, " or tent_probe.why_no_probe()", "", TENT_TESTS),
+    Break("no reads on TENT", Prober.__init__, " or _tent_probe.is_on()", "", TENT_TESTS),
+    Break("no trial under the lock", conn._prober_of, "    _session_probe.can_probe(manager.engine)", "", TENT_TESTS),
+    Break("no trial without TENT", tent_probe._has_namespace, " >= 0", " >= -1", TENT_TESTS),
+    Break(
+        "a trial that hangs ends", tent_probe.why_no_probe, "            timeout=_CHILD_DEADLINE_S,\n", "", TENT_TESTS
+    ),
+    Break("a trial sees no GPU", tent_probe.why_no_probe, "**_CHILD_ENVIRONMENT", "", TENT_TESTS),
+    Break("a trial that cannot be made is none", tent_probe.why_no_probe, " if ended else", " if 0 else", TENT_TESTS),
     Break("the same wait after the copy", hung_call.end_call, "wait_of(thread) != wait or", "", HUNG_CALL_TESTS),
     Break("the same call after the copy", hung_call.end_call, "not is_in_call() or", "", HUNG_CALL_TESTS),
     Break(

@@ -237,11 +237,11 @@ os.dup2(2, 1)
 sys.path[:] = json.loads(sys.argv[1])
 sys.modules["sglang"] = types.ModuleType("sglang")
 sys.modules["sglang"].__path__ = [sys.argv[2]]
-from sglang.srt.disaggregation.mooncake import session_probe
+from sglang.srt.disaggregation.mooncake import session_probe, tent_probe
 print("our files are there", file=answers)
 def can_probe():
     import mooncake.engine
-    return session_probe.can_probe(mooncake.engine.TransferEngine)
+    return session_probe.has_send_probe(mooncake.engine.TransferEngine)
 try:
     answer = can_probe()
 except BaseException as error:
@@ -253,6 +253,8 @@ except BaseException as error:
         except BaseException:
             pass
 print(json.dumps(answer), file=answers)
+if answer is True and tent_probe.is_on():
+    print(json.dumps(tent_probe.why_no_probe()), file=answers)
 """
 
 
@@ -275,6 +277,7 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
     lines = [*_several_wheels(wheels, wheel, release), release]
     if found_our_files:  # else it is our own files that are not there, which is said elsewhere
         lines.append(_engine_line(engine, wheel))
+    lines += map(_tent_line, map(json.loads, answers[1:]))
     return _name(wheel), lines
 
 
@@ -400,6 +403,16 @@ def _engine_line(engine: Any, wheel: Optional[importlib.metadata.Distribution]) 
     missing = [package for file, package in _MOONCAKE_LIBRARIES.items() if file == name or not _loads(file)]
     do = f"apt-get install {' '.join(missing)}" if missing else f"install what brings {name}"
     return Line("error", subject, f"{subject} needs {name}, which this system lacks", do, _STOPS)
+
+
+def _tent_line(why_no_probe: str) -> Line:
+    """What it means that Mooncake runs on TENT. ``why_no_probe``: what a probe did there, if that was no good."""
+    subject, unset = "TENT", "unset MC_USE_TENT and MC_USE_TEV1"
+    if why_no_probe:
+        finding = f"Mooncake runs on TENT, where a probe {why_no_probe}: nothing is probed"
+        return Line("error", subject, finding, f"{unset}, or install a Mooncake with its PR 4081 (September 2026)")
+    finding = "Mooncake runs on TENT, whose reads are not safe: sessions are let in when they answer probes"
+    return Line("warning", subject, finding, f"{unset}, if TENT is not needed")
 
 
 def _loads(library: str) -> bool:

@@ -260,6 +260,32 @@ def test_a_mooncake_that_waits_minutes_to_connect_is_a_warning(made: Make) -> No
     assert report.line("Mooncake")["do"] == "install 0.3.12 or later"
 
 
+@pytest.mark.parametrize(
+    ("probe", "mark", "verdict"),
+    [
+        ("os.abort()", "error", f"{WILL_NOT}Mooncake runs on TENT, where a probe ended a child process by SIGABRT"),
+        ("return -1", "warning", WILL_PROBE),
+    ],
+)
+def test_a_mooncake_on_tent_that_a_probe_would_end_and_one_with_the_fix(
+    probe: str, mark: str, verdict: str, made: Make
+) -> None:
+    here = made(SGLANG, WRAPT, PROMETHEUS)
+    here.add("mooncake/__init__.py", "")
+    engine = (
+        "import os  # 8mooncake4tent\nclass TransferEngine:\n    def initialize(self, *_): return 0\n"
+        f"    def get_rpc_port(self): return 1\n    def send_probe(self, session): {probe}\n"
+    )
+    here.add("mooncake/engine.py", engine)
+    add_wheel_record(here, "mooncake-transfer-engine", "0.3.13")
+    assert [line for line in here.doctor(**ON).lines if line["subject"] == "TENT"] == []
+    report = here.doctor(MC_USE_TENT="0", **ON)
+    line = report.line("TENT")
+    assert (line["mark"], report.line("Mooncake")["mark"]) == (mark, "ok")
+    assert line["do"].startswith("unset MC_USE_TENT and MC_USE_TEV1")
+    assert report.verdict.startswith(verdict)
+
+
 def test_two_wheels_of_mooncake_over_one_another(made: Make) -> None:
     here = made(*EVERYTHING)
     add_wheel_record(here, "mooncake-transfer-engine", "0.3.6")

@@ -27,6 +27,7 @@ from sglang.srt.disaggregation.mooncake import probe_workers as _probe_workers
 from sglang.srt.disaggregation.mooncake import session_probe as _session_probe
 from sglang.srt.disaggregation.mooncake import session_states as _session_states
 from sglang.srt.disaggregation.mooncake import session_watch as _session_watch
+from sglang.srt.disaggregation.mooncake import tent_probe as _tent_probe
 from sglang.srt.environ import FailedSessionProbeSettings
 from sglang.srt.observability import failed_session_log as _session_log
 from sglang.srt.observability import failed_session_metrics as _session_metrics
@@ -98,7 +99,7 @@ class _FailedSessionProber:
 
     def __init__(self, manager: Any, settings: FailedSessionProbeSettings) -> None:
         """Takes over what is on the manager's blacklist. The caller holds ``session_lock``."""
-        if self.reads_prove_nothing:
+        if self.reads_prove_nothing or _tent_probe.is_on():
             settings = dataclasses.replace(settings, verify=False)
         self._settings = settings
         self._engine = manager.engine
@@ -426,6 +427,7 @@ def _run_one_probe_pass(self: Any) -> None:
 
 def _prober_of(manager: Any) -> _FailedSessionProber:
     """The manager's prober. The first call swaps the blacklist, whatever SGLang's threads do meanwhile."""
+    _session_probe.can_probe(manager.engine)  # takes seconds where TENT is on, so not under the lock
     with manager.session_lock:
         prober = getattr(manager, "_failed_session_prober", None)
         if prober is None:
@@ -442,13 +444,15 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
     mooncake = _session_probe.mooncake_version()
     prober = _prober_of(manager)
     _probe_logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
-    if not _session_probe.can_probe(manager.engine):
+    if not _session_probe.has_send_probe(manager.engine):
         _probe_logger.warning(
             "Mooncake %s cannot probe, so a blacklisted session stays out until it registers again; "
             "install Mooncake %s or later",
             mooncake,
             _session_probe.FIRST_MOONCAKE_WITH_PROBE,
         )
+    elif _tent_probe.is_on():
+        _tent_probe.warn(mooncake)
     if not native:
         thread = threading.Thread(target=manager._failed_session_probe_loop, name=_PROBE_THREAD, daemon=True)
         try:

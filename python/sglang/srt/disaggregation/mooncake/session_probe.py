@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Optional
 
+from sglang.srt.disaggregation.mooncake import tent_probe
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
 from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
@@ -39,9 +40,14 @@ def mooncake_engine(engine: Any) -> Any:
     return getattr(engine, "engine", engine)
 
 
-def can_probe(engine: Any) -> bool:
+def has_send_probe(engine: Any) -> bool:
     """True if the installed Mooncake has ``send_probe`` (0.3.11 and later)."""
     return hasattr(mooncake_engine(engine), "send_probe")
+
+
+def can_probe(engine: Any) -> bool:
+    """True if Mooncake has ``send_probe`` and it does not end the process. On TENT the first call takes seconds."""
+    return has_send_probe(engine) and not tent_probe.why_no_probe()
 
 
 def mooncake_version() -> str:
@@ -56,12 +62,12 @@ def mooncake_version() -> str:
 
 
 def ask(engine: Any, session: str) -> int:
-    """Sends one probe and returns its rc: 0 if the peer answered, -1 where the engine has no ``send_probe``.
+    """Sends one probe and returns its rc: 0 if the peer answered, -1 where the engine cannot probe.
 
     Blocks for up to a minute and longer; hold no lock. Whatever the engine raises is raised.
     """
     send_probe = getattr(engine, "send_probe", None) or getattr(mooncake_engine(engine), "send_probe", None)
-    if send_probe is None:
+    if send_probe is None or tent_probe.why_no_probe():
         return -1
     rc = send_probe(session)
     return rc if type(rc) is int else -1
