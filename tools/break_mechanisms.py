@@ -31,6 +31,9 @@ from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
 from sglang.srt.observability import failed_session_metrics as metrics
 from sglang.srt.observability.failed_session_log import FailedSessionLog
 from sglang.srt.observability.failed_session_metrics import FailedSessionMetrics
+from sglang_failed_session_probe import patch
+from sglang_failed_session_probe.harmless_logger import HarmlessLogger
+from sglang_failed_session_probe.printable import printable_repr
 
 COPIED = ("python", "test", "tools", "pyproject.toml")
 # The rules of the bench are no test of a mechanism, and the bench is not copied; this file's own test is none either.
@@ -72,7 +75,29 @@ class Break(NamedTuple):
 
 BREAKS = [
     # One session, in the order of session_states.py.
-    Break("relapses are counted", Session.failed, "self.relapses += 1", "pass"),
+    Break("relapses are counted", Session._hold_after_probation_s, "self.relapses += 1", "self.relapses = 1"),
+    Break(
+        "one that has worked starts over", Session._hold_after_probation_s, "worked = self.uses > 1", "worked = False"
+    ),
+    Break(
+        "work of less than a second is not enough",
+        Session._hold_after_probation_s,
+        "self.last_used_at - self.used_at >= first_s",
+        "True",
+    ),
+    Break(
+        "one that has worked is held for half of INTERVAL at most",
+        Session._hold_after_probation_s,
+        "settings.interval_s / 2.0",
+        "settings.max_interval_s",
+    ),
+    Break(
+        "reads of one that worked unread prove nothing",
+        Session._hold_after_probation_s,
+        "worked and self.unreadable is not None",
+        "False",
+    ),
+    Break("a probation is as long as any", Session.let_in, "self.requested_at = now", "pass"),
     Break("a failure makes answers before it void", Session.failed, "self.answered_since: Optional[float] = None", ""),
     Break("gap grows with the outage", Session._gap_s, "share_of_outage * (now - self.failed_at)", "0.0"),
     Break(
@@ -84,11 +109,16 @@ BREAKS = [
     Break("the gap counts from when it was probed", Session._gap_s, "self.probed_at + gap_s - now", "gap_s"),
     Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
     Break("a held session is probed seldom", Session._held_until, "return min(", "return 0.0 * min("),
-    Break("settle", Session._next, "max(self.answered_since + settings.settle_s, self.hold_until)", "self.hold_until"),
+    Break(
+        "settle",
+        Session._next,
+        "max(self.answered_since + settings.settle_s, self._hold_until())",
+        "self._hold_until()",
+    ),
     Break(
         "hold after a relapse",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self.hold_until)",
+        "max(self.answered_since + settings.settle_s, self._hold_until())",
         "self.answered_since + settings.settle_s",
     ),
     Break("probed while it settles for long", Session._next, "min(ready_at, now + self.rules.interval_s)", "ready_at"),
@@ -107,7 +137,7 @@ BREAKS = [
     Break(
         "fail-open grows with relapses",
         Session._opens_at,
-        "backoff_s(settings.interval_s, self.relapses, settings.max_interval_s)",
+        "backoff_s(settings.interval_s, 2 * self.relapses, settings.max_interval_s)",
         "settings.interval_s",
     ),
     Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),
@@ -118,9 +148,9 @@ BREAKS = [
         "unseen",
     ),
     Break(
-        "settles again for INTERVAL at most",
+        "settles again for a third of INTERVAL at most",
         Session._settles_again,
-        "and now < self.late_since + self.rules.interval_s",
+        "and now < self.late_since + self.rules.interval_s / 3.0",
         "",
     ),
     Break(
@@ -415,7 +445,49 @@ BREAKS = [
         "pass",
         f"{FAULTS}/test_processes.py",
     ),
+    Break(
+        "a fault while the loop stops leaves nothing in the gauges",
+        Prober.run,
+        "        except Exception as fault:\n            self._say_fault(fault)\n        self.metrics.stop()\n",
+        "        finally:\n            pass\n        self.metrics.stop()\n",
+        CONN_TESTS,
+    ),
+    Break(
+        "a manager that cannot be looked at stops no node",
+        conn._with_failed_session_probe,
+        "        try:\n            missing = _missing_of(self)\n",
+        "        missing = _missing_of(self)\n        try:\n",
+        CONN_TESTS,
+    ),
     # What is told.
+    Break(
+        "a log that raises stops nothing",
+        HarmlessLogger.log,
+        "except BaseException as fault:",
+        "except ZeroDivisionError as fault:",
+        CONN_TESTS,
+    ),
+    Break(
+        "a signal is heard while a line is logged",
+        HarmlessLogger.log,
+        "                raise  # a",
+        "                pass  # a",
+        CONN_TESTS,
+    ),
+    Break(
+        "what cannot be said stops nothing",
+        printable_repr,
+        "except Exception:",
+        "except ZeroDivisionError:",
+        PROBE_TESTS,
+    ),
+    Break(
+        "what somebody else has taken away stops no way back",
+        patch._Patch.take_back,
+        "contextlib.suppress(Exception)",
+        "contextlib.nullcontext()",
+        PATCH_TESTS,
+    ),
     Break(
         "raising probes are said up to a bound",
         FailedSessionLog.probe_raised,
@@ -488,7 +560,7 @@ BREAKS = [
     Break(
         "hold after a relapse, real engines",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self.hold_until)",
+        "max(self.answered_since + settings.settle_s, self._hold_until())",
         "self.answered_since + settings.settle_s",
         f"{FAULTS}/test_flapping.py",
     ),
@@ -502,8 +574,8 @@ BREAKS = [
     Break(
         "settle, real engines",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self.hold_until)",
-        "self.hold_until",
+        "max(self.answered_since + settings.settle_s, self._hold_until())",
+        "self._hold_until()",
         f"{FAULTS}/test_late_bytes.py",
     ),
 ]

@@ -399,13 +399,13 @@ def test_a_peer_whose_data_path_comes_back_while_it_is_read_settles_and_is_read_
     assert prober.moments("read", D) == about([1.0, 5.0])
 
 
-def test_a_peer_whose_reads_always_wait_is_let_in_after_interval() -> None:
+def test_a_peer_whose_reads_always_wait_is_let_in_after_a_third_of_interval() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=Peer(read_takes=0.2))
     prober.run(40)
     ((let_in_at, unverified),) = prober.let_in(D)
     assert unverified is None
-    assert 1.2 + 30.0 <= let_in_at < 1.2 + 30.0 + 1.5
+    assert 1.2 + 10.0 <= let_in_at < 1.2 + 10.0 + 1.5
 
 
 def test_reads_that_nobody_looked_at_in_time_make_it_settle_once_more_and_no_longer() -> None:
@@ -425,15 +425,15 @@ def test_without_settle_a_read_that_waited_is_enough() -> None:
     assert prober.let_in(D) == [(about(3.0), None)]
 
 
-def test_after_a_silence_the_interval_of_a_peer_whose_reads_wait_begins_anew() -> None:
+def test_after_a_silence_the_time_of_a_peer_whose_reads_wait_begins_anew() -> None:
     prober = VirtualProber()
     waits = Peer(read_takes=0.2)
     prober.fail(D, peer=waits)
-    prober.run(25)
+    prober.run(9)
     prober.becomes(D, REFUSING)
     prober.run(2)
     prober.becomes(D, waits)
-    prober.run(15)
+    prober.run(8)
     assert prober.request(D), "let in on the time that it waited before its silence"
 
 
@@ -636,14 +636,16 @@ def test_a_peer_whose_reading_calls_hang_is_let_in_after_interval_with_the_reaso
 @pytest.mark.parametrize(
     "peer", [DATA_PORT_REJECTED, READS_NEVER_END, BEGIN_HANGS], ids=["reads fail", "reads hang", "calls hang"]
 )
-def test_a_peer_that_cannot_be_verified_waits_twice_as_long_after_each_relapse_up_to_max_interval(peer: Peer) -> None:
-    prober = VirtualProber(interval_s=10.0, max_interval_s=60.0)
+def test_a_peer_that_cannot_be_verified_waits_four_times_as_long_after_each_relapse_up_to_max_interval(
+    peer: Peer,
+) -> None:
+    prober = VirtualProber(interval_s=10.0, max_interval_s=250.0)
     waits = []
     for _ in range(5):
         prober.fail(D, peer=peer)
         waits.append(wait_until_let_in(prober))
     room_s = READ_HANGS_S + 0.2 if peer is BEGIN_HANGS else 0.2
-    assert waits == pytest.approx([10, 20, 40, 60, 60], abs=room_s), "each of these costs an operator a request"
+    assert waits == pytest.approx([10, 40, 160, 250, 250], abs=room_s), "each of these costs an operator a request"
 
 
 def test_a_data_path_that_is_broken_for_hours_is_read_in_each_outage() -> None:
@@ -868,6 +870,61 @@ def test_a_peer_that_falls_silent_in_its_hold_must_settle_again() -> None:
     assert failed_at + 8.5 < prober.let_in(D)[-1][0] < failed_at + 9.5
 
 
+def use_for(prober: VirtualProber, seconds: float, every_s: float = 0.25) -> None:
+    """The session is let in and used for so long; then a transfer to it fails."""
+    wait_until_let_in(prober, every_s=0.01)
+    until = prober.clock.now + seconds
+    while prober.clock.now < until:
+        prober.run(min(every_s, until - prober.clock.now))
+        assert not prober.request(D)
+    prober.fail(D)
+
+
+def test_a_peer_that_has_worked_for_a_second_is_not_held_whatever_it_did_before() -> None:
+    prober = VirtualProber()
+    relapse_waits(prober, 8)
+    held = len(prober.seen(Event.HELD))
+    for _ in range(20):
+        use_for(prober, 1.0)
+    assert len(prober.seen(Event.HELD)) == held, "out for longer than it needs to heal, for a failure of the prefill's"
+
+
+def test_a_peer_that_has_worked_for_less_than_a_second_is_held_for_half_of_interval_at_most() -> None:
+    prober = VirtualProber(interval_s=10.0)
+    prober.fail(D, peer=HEALTHY)
+    for _ in range(5):
+        use_for(prober, 0.2, every_s=0.1)
+    assert [entry.detail["hold_s"] for entry in prober.seen(Event.HELD)] == [1, 2, 4, 5, 5]
+    relapse_waits(prober, 1)
+    assert [entry.detail["hold_s"] for entry in prober.seen(Event.HELD)][5:] == [1], "its first use failed only once"
+
+
+def test_one_long_transfer_that_fails_is_no_work() -> None:
+    """It fails after 30 s, and SGLang looks the session up before the next transfer begins."""
+    prober = VirtualProber()
+    prober.fail(D, peer=HEALTHY)
+    for _ in range(4):
+        wait_until_let_in(prober, every_s=0.01)
+        prober.run(30)
+        prober.fail(D)
+    assert [entry.detail["hold_s"] for entry in prober.seen(Event.HELD)] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("peer", [DATA_PORT_REJECTED, READS_NEVER_END], ids=["reads fail", "reads hang"])
+def test_a_peer_that_worked_though_it_cannot_be_read_is_let_in_soon_until_its_first_use_fails(peer: Peer) -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=peer)
+    use_for(prober, 2)
+    use_for(prober, 2)
+    wait_until_let_in(prober)
+    first, second, third = (at for at, _ in prober.let_in(D))
+    assert first == pytest.approx(30, abs=1.2), "nobody knows it yet"
+    assert second < first + 2 + 3.5, "reads that prove nothing keep a healthy peer out"
+    assert third < second + 2 + 3.5, "reads that prove nothing keep a healthy peer out"
+    prober.fail(D)
+    assert wait_until_let_in(prober) > 100, "it is let in unverified again and again, and each costs a request"
+
+
 def test_another_failure_while_it_is_blacklisted_is_no_relapse() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=HEALTHY)
@@ -931,6 +988,18 @@ def test_a_registration_ends_probation(register: Callable[[VirtualProber, Any], 
     register(prober, D)
     prober.fail(D)
     assert prober.seen(Event.HELD) == []
+
+
+def test_a_peer_let_in_shortly_before_idle_timeout_has_a_probation_as_long_as_any() -> None:
+    prober = VirtualProber(idle_timeout_s=100.0)
+    prober.fail(D, peer=REFUSING)
+    prober.run(97)
+    prober.becomes(D, HEALTHY)
+    prober.run(50)
+    assert prober.let_in(D)
+    prober.request(D)
+    prober.fail(D)
+    assert prober.seen(Event.HELD), "forgotten some seconds after it was let in, and so not held"
 
 
 # Idle.

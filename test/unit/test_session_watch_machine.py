@@ -97,10 +97,18 @@ class Known:
     was_gone: bool = False
     no_read_before: float = 0.0
     read_by: float = 0.0
+    is_new: bool = True  # this is its first outage
     relapses: int = 0
+    short_spells: int = 0
+    hold_s: float = 0.0
+    hold_may_be: set[float] = dataclasses.field(default_factory=set)
     hold_until: float = 0.0
     let_in_at: float = 0.0
     used_at: Optional[float] = None
+    last_used_at: float = 0.0
+    uses: int = 0
+    was_let_in_unverified: bool = False
+    reads_mislead: bool = False  # it worked though it was let in unverified
     may_be_over: bool = False
     to_be_read_again: bool = False  # let in unverified: it is read once or twice more before it is forgotten
 
@@ -113,7 +121,19 @@ class Known:
         return now >= self.used_at + PROBATION_S
 
     def fails_open_after(self) -> float:
-        return min(INTERVAL_S * 2.0**self.relapses, MAX_INTERVAL_S)
+        return min(INTERVAL_S * 4.0**self.relapses, MAX_INTERVAL_S)
+
+    def fails_again(self) -> None:
+        """A transfer failed on probation: how its hold follows from what it has done since it was let in."""
+        self.reads_mislead = self.uses > 1 and self.was_let_in_unverified
+        if self.uses < 2:
+            self.relapses += 1
+            self.hold_s = min(2.0 ** (self.relapses - 1), MAX_INTERVAL_S)
+            return
+        assert self.used_at is not None
+        self.relapses = 0
+        self.short_spells = 0 if self.last_used_at - self.used_at >= 1.0 else self.short_spells + 1
+        self.hold_s = min(2.0 ** (self.short_spells - 1), INTERVAL_S / 2) if self.short_spells else 0.0
 
 
 class Onlooker:
@@ -141,7 +161,7 @@ class Onlooker:
 
     def _note_failed(self, entry: Entry, known: Optional[Known]) -> None:
         if known is None or (known.is_over(entry.at) and not known.to_be_read_again):
-            known = self.known[entry.session] = Known(relapses=-1)
+            known = self.known[entry.session] = Known()
         elif not known.blacklisted:
             known.unreadable = known.told_unreadable = known.was_gone = False
             known.may_be_over = known.is_over(entry.at)
@@ -162,8 +182,10 @@ class Onlooker:
         elif known.is_over(entry.at):
             if not known.to_be_read_again:
                 del self.known[entry.session]
-        elif known.used_at is None:
-            known.used_at = entry.at
+        else:
+            known.used_at = entry.at if known.used_at is None else known.used_at
+            known.last_used_at = entry.at
+            known.uses += 1
 
     def _note_shutdown(self, entry: Entry, known: Optional[Known]) -> None:
         self.shut_down = True
@@ -251,7 +273,7 @@ class Onlooker:
     def _settles_again(self, known: Known, now: float) -> bool:
         if known.late_since is None:
             known.late_since = now
-        return self.settle_s > 0 and now < known.late_since + INTERVAL_S
+        return self.settle_s > 0 and now < known.late_since + INTERVAL_S / 3
 
     # Events.
 
@@ -259,17 +281,24 @@ class Onlooker:
         assert known is not None
         relapses = entry.detail["relapses"]
         if known.may_be_over:  # nothing tells whether its last reads have begun its probation anew
-            assert relapses in (0, known.relapses + 1)
+            assert relapses in (0, 1)
+            known.relapses, known.short_spells, known.hold_s = relapses, 0, float(relapses)
+            known.hold_may_be = {0.0, 1.0}
         else:
-            assert relapses == known.relapses + 1, f"{entry.session} is not held as it should be"
-        known.blacklisted = True
-        known.relapses = relapses
-        known.hold_until = entry.at + min(2.0 ** (relapses - 1), MAX_INTERVAL_S) if relapses else 0.0
+            if not known.is_new:
+                known.fails_again()
+            known.hold_may_be = {known.hold_s}
+        assert relapses == known.relapses, f"{entry.session} is not held as it should be"
+        known.blacklisted, known.is_new = True, False
+        known.hold_until = entry.at
         self.put_on += 1
 
     def _note_held(self, entry: Entry, known: Optional[Known]) -> None:
         assert known is not None, "held, and nothing is known of it"
-        assert entry.at + entry.detail["hold_s"] == known.hold_until
+        assert entry.detail["hold_s"] in known.hold_may_be
+        if len(known.hold_may_be) > 1 and not known.relapses:
+            known.short_spells = 1
+        known.hold_until = entry.at + entry.detail["hold_s"]
         assert entry.detail["relapses"] == known.relapses
 
     def _note_recovered(self, entry: Entry, known: Optional[Known]) -> None:
@@ -290,9 +319,11 @@ class Onlooker:
             assert known.proof == (entry.at, Verdict.CANNOT_TELL)
         else:
             assert self.verifying
-            assert answered_for >= known.fails_open_after() - 0.001, f"{session} was let in too early unverified"
+            opens_after_s = self.settle_s if known.reads_mislead else known.fails_open_after()
+            assert answered_for >= opens_after_s - 0.001, f"{session} was let in too early unverified"
             assert known.unreadable or self._hangs_since(session, known) <= entry.at - READ_HANGS_S + 0.001
         known.blacklisted, known.used_at, known.let_in_at = False, None, entry.at
+        known.uses, known.asked_for_at, known.was_let_in_unverified = 0, entry.at, reason is not None
         known.may_be_over = False
         known.to_be_read_again = reason is not None and self.verifying
         known.fresh, known.reads_since, known.proof = set(), None, None

@@ -98,18 +98,21 @@ class Session:
         "failed_at",
         "generation",  # of its newest failure or re-admission: an answer asked for in another one does not count
         "has_end_check",  # for the schedule: an entry of its heap is for the end of this session
-        "hold_until",
+        "hold_s",  # how long it is held in this outage, or was in the last one
         "id",
+        "last_used_at",
         "late_since",  # first of the reads since it answers that had to wait, or None
         "listen_at",  # the first probe from then on looks whether the peer cuts probes short
         "probed_at",
         "read_next",  # the next probe is followed by reads
+        "reads_mislead",  # it worked, though its memory could not be read when it was let in
         "reads_since",  # when the reads that are pending were begun, or None
         "refused",  # how often a request looked it up in vain
         "registration",  # on probation: what the peer had registered when it was let in
-        "relapses",
+        "relapses",  # how often in a row its first use has failed
         "requested_at",
         "rules",
+        "short_spells",  # how often in a row it has failed after less than a second of work
         "still_unreadable",  # on probation: its memory could not be read at the end of a whole one
         "unreadable",  # why its memory could not be read in this outage, None if that was not found
         "used_at",  # on probation: when a request first used it, or None
@@ -120,7 +123,8 @@ class Session:
     def __init__(self, session: object, rules: Rules, now: float) -> None:
         self.id: Any = session
         self.rules = rules
-        self.relapses = 0
+        self.relapses = self.short_spells = 0
+        self.reads_mislead = False
         self.has_end_check = False
         self.probed_at = self.due_at = 0.0
         self.read_next = False
@@ -130,10 +134,9 @@ class Session:
     # Blacklisted: when is it probed?
 
     def failed(self, now: float, generation: int) -> Decision:
-        """A transfer failed. What was answered before counts no more. On probation it is a relapse."""
+        """A transfer failed. What was answered before counts no more. On probation it may be a relapse."""
         if not self.blacklisted:
-            self.relapses += 1
-            self._begin_outage(now, self.hold_s(self.relapses))
+            self._begin_outage(now, self._hold_after_probation_s())
         self.generation = generation
         self.failed_at = self.requested_at = now
         self.answered_since: Optional[float] = None
@@ -163,7 +166,7 @@ class Session:
 
     def _held_until(self, now: float) -> float:
         """Until then an answer cannot let it in: it is probed seldom, and SETTLE before its hold ends."""
-        return min(self.hold_until - self.rules.settings.settle_s, now + self.rules.interval_s)
+        return min(self._hold_until() - self.rules.settings.settle_s, now + self.rules.interval_s)
 
     # Re-admission: answered, settled, held long enough, verified.
 
@@ -212,7 +215,7 @@ class Session:
         """What to do with a peer that answers."""
         assert self.answered_since is not None
         settings = self.rules.settings
-        ready_at = max(self.answered_since + settings.settle_s, self.hold_until)
+        ready_at = max(self.answered_since + settings.settle_s, self._hold_until())
         if now < ready_at:
             held_until = self._held_until(now)
             at = held_until if now < held_until else min(ready_at, now + self.rules.interval_s)
@@ -227,15 +230,16 @@ class Session:
         return ProbeAt(min(hangs_at, now + self.rules.interval_s))
 
     def _settles_again(self, now: float, verdict: Verdict) -> bool:
-        """True for INTERVAL from its first read that waited for a connection: what a failed transfer has left on the
-        others lands up to 0.5 s after the first is free, and later on a slow link. Once if it only may have waited.
+        """True for a third of INTERVAL from its first read that waited for a connection: what a failed transfer has left
+        on the others lands up to 0.5 s after the first is free, and later on a slow link. A peer whose reads are always
+        slow is out for less than the 15 s of a loop that lets everybody in each 30 s. Once if it only may have waited.
         """
         unseen = verdict is Verdict.READABLE_UNSEEN
         if not (verdict is Verdict.READABLE_LATE or unseen) or (unseen and self.late_since is not None):
             return False
         if self.late_since is None:
             self.late_since = now
-        return self.rules.settings.settle_s > 0 and now < self.late_since + self.rules.interval_s
+        return self.rules.settings.settle_s > 0 and now < self.late_since + self.rules.interval_s / 3.0
 
     def _pause_s(self, now: float) -> float:
         """From reads that failed to the next: longer than the 1.0 s for which Mooncake leaves a connection alone then.
@@ -252,9 +256,15 @@ class Session:
     # Failing open: a peer that answers and cannot be verified is let in all the same, slowly.
 
     def _opens_at(self) -> float:
+        """From then on it is let in unverified: when it has answered for INTERVAL, after each relapse four times as long.
+
+        Twice as long would let one whose data path is broken lose 17 requests in the first hour if INTERVAL is 5.
+        """
         assert self.answered_since is not None
         settings = self.rules.settings
-        return self.answered_since + backoff_s(settings.interval_s, self.relapses, settings.max_interval_s)
+        if self.reads_mislead:
+            return self.answered_since + settings.settle_s
+        return self.answered_since + backoff_s(settings.interval_s, 2 * self.relapses, settings.max_interval_s)
 
     def _why_unverified(self, now: float) -> str:
         """Why it cannot be verified; empty if no reads have failed or hung yet."""
@@ -266,11 +276,12 @@ class Session:
 
     # Probation and hold.
 
-    def let_in(self, generation: int, registration: object, unverified: Optional[str]) -> None:
+    def let_in(self, now: float, generation: int, registration: object, unverified: Optional[str]) -> None:
         """It was taken off the blacklist, ``unverified`` for that reason. ``registration`` is what its peer has
         registered.
         """
         self.blacklisted = False
+        self.requested_at = now  # nobody need have asked for it lately: its probation is as long as any
         self.generation = generation
         self.registration = registration
         self.reads_since = None
@@ -288,6 +299,7 @@ class Session:
         if now >= self.ends_at():
             return self.probation_ends(now)
         self.uses += 1
+        self.last_used_at = now
         if self.used_at is None:
             self.used_at = now
         return None
@@ -329,19 +341,37 @@ class Session:
         if self.still_unreadable:
             return SwitchVerificationOff()
         self.still_unreadable = True
+        self.relapses = self.short_spells = 0
         self.reads_since = self.used_at = None
         self.requested_at = now
         self.uses = 0
         return None
 
-    def hold_s(self, relapses: int) -> float:
-        """For how long it is held after so many relapses: 1, 2, 4, ... s."""
-        return backoff_s(1.0, relapses - 1, self.rules.settings.max_interval_s)
+    def _hold_after_probation_s(self) -> float:
+        """For how long it is held after a failure on probation: 1, 2, 4, ... s if its first use has failed.
+
+        SGLang works off the chunks for one session in order, so a second use says that the first went through: the
+        failed one is the last. A peer that has worked for a second starts over. One that has worked for less is held
+        for half of INTERVAL at most: then it is used more than with a loop that lets everybody in each INTERVAL.
+        """
+        first_s, settings = 1.0, self.rules.settings
+        worked = self.uses > 1
+        self.reads_mislead = worked and self.unreadable is not None
+        if not worked:
+            self.relapses += 1
+            return backoff_s(first_s, self.relapses - 1, settings.max_interval_s)
+        self.relapses = 0
+        assert self.used_at is not None
+        self.short_spells = 0 if self.last_used_at - self.used_at >= first_s else self.short_spells + 1
+        return backoff_s(first_s, self.short_spells - 1, settings.interval_s / 2.0) if self.short_spells else 0.0
+
+    def _hold_until(self) -> float:
+        return self.blacklisted_at + self.hold_s
 
     def _begin_outage(self, now: float, hold_s: float) -> None:
         self.blacklisted = True
         self.blacklisted_at = now
-        self.hold_until = now + hold_s
+        self.hold_s = hold_s
         self.listen_at = now + LISTEN_AFTER_S
         self.refused = 0
         self.unreadable = None

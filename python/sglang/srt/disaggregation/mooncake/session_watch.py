@@ -117,14 +117,14 @@ class SessionWatch:
         """A transfer to the session failed: a new generation, to be probed at once."""
         now = self._clock()
         known = self.known.get(session)
+        again = known is not None and known.blacklisted
         if known is None or known.is_past(now, self._registration(session)):
             known = self.known[session] = Session(session, self._rules, now)
-            self._tell(Event.BLACKLISTED, session, relapses=0)
-        elif not known.blacklisted:
-            relapses = known.relapses + 1
-            self._tell(Event.BLACKLISTED, session, relapses=relapses)
-            self._tell(Event.HELD, session, hold_s=known.hold_s(relapses), relapses=relapses)
         decision = known.failed(now, next(self._generations))
+        if not again:
+            self._tell(Event.BLACKLISTED, session, relapses=known.relapses)
+            if known.hold_s:
+                self._tell(Event.HELD, session, hold_s=known.hold_s, relapses=known.relapses)
         self._check_end(known, now)
         if is_session_id(session):
             self._carry_out(known, decision, now)
@@ -307,7 +307,7 @@ class SessionWatch:
         self.sessions.take_off(known.id)
         self._on_removed(known.id)
         known.due_at = NEVER
-        known.let_in(next(self._generations), self._registration(known.id), unverified)
+        known.let_in(now, next(self._generations), self._registration(known.id), unverified)
         outage_s = now - known.blacklisted_at
         self._tell(Event.RECOVERED, known.id, outage_s=outage_s, refused=known.refused, unverified=unverified)
 
