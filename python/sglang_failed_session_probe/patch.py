@@ -6,10 +6,10 @@ SGLang does not have is a new module there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import logging
 import pathlib
 import sys
 import threading
@@ -19,9 +19,10 @@ from typing import Any, Optional
 
 import wrapt
 
+from sglang_failed_session_probe.harmless_logger import HarmlessLogger
 from sglang_failed_session_probe.own_files import source_folder
 
-logger = logging.getLogger(__name__)
+_logger = HarmlessLogger(__name__)
 
 _ENGINE_FILE = "sglang/srt/distributed/device_communicators/mooncake_transfer_engine.py"
 
@@ -74,7 +75,7 @@ class _Patch:
     def give_up(self, missing: str) -> None:
         """Takes everything back and says, once, what this release lacks. Any thread may call it."""
         if self.take_back():
-            logger.error(
+            _logger.error(
                 "Failed-session probe is NOT active: SGLang %s has no %s. SGLang runs on unpatched; "
                 "look for a release of sglang-failed-session-probe that supports it",
                 self.sglang_version(),
@@ -87,10 +88,11 @@ class _Patch:
             was_active, self.active = self.active, False
             while self._undo:
                 owner, name, before = self._undo.pop()
-                if before is _ABSENT:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
+                with contextlib.suppress(Exception):  # somebody else has taken it away meanwhile
+                    if before is _ABSENT:
+                        delattr(owner, name)
+                    else:
+                        setattr(owner, name, before)
         return was_active
 
     def sglang_version(self) -> str:
@@ -143,10 +145,11 @@ def _change(module: types.ModuleType) -> None:
             vars(module)[_ENTRY](patch, vars(module))
     except Exception:
         patch.take_back()
-        logger.exception(
+        _logger.error(
             "Failed-session probe is NOT active: it does not fit %s of SGLang %s, which runs on unpatched",
             module.__name__,
             patch.sglang_version(),
+            exc_info=True,
         )
 
 

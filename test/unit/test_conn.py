@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -39,10 +39,15 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
 from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
 from sglang.srt.observability import failed_session_log, failed_session_metrics
+from sglang_failed_session_probe import harmless_logger
 
 
 def recoveries() -> float:
     return REGISTRY.get_sample_value("sglang:failed_session_recoveries_total") or 0.0
+
+
+def shown_as_blacklisted() -> float:
+    return REGISTRY.get_sample_value("sglang:failed_sessions_blacklisted") or 0.0
 
 
 # One pass over an object that has only what the native probe uses.
@@ -896,6 +901,115 @@ def test_a_fault_in_the_daemon_thread_is_logged_once_and_does_not_end_it(
     assert caplog.text.count("RuntimeError: a fault of our own") == 1
 
 
+BreakLog = Callable[[str, BaseException], None]
+
+
+@pytest.fixture
+def break_log() -> Iterator[BreakLog]:
+    """Has each line of ours raise in a filter or in a handler of the operator's."""
+    logger, handler = logging.getLogger(conn.__name__), logging.NullHandler()
+
+    def breaks(place: str, error: BaseException) -> None:
+        handler.handle = lambda record: raises(error)()  # type: ignore[method-assign]
+        logger.setLevel(logging.INFO)
+        if place == "filter":
+            logger.addFilter(handler.handle)
+        else:
+            logger.addHandler(handler)
+
+    yield breaks
+    logger.setLevel(logging.NOTSET)
+    logger.filters.clear()
+    logger.removeHandler(handler)
+
+
+IN_LOG = pytest.mark.parametrize("place", ["filter", "handler"])
+ERRORS = pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(3)], ids=repr)
+
+
+@IN_LOG
+@ERRORS
+def test_a_log_that_raises_holds_up_no_session_and_no_stop(
+    place: str,
+    error: BaseException,
+    break_log: BreakLog,
+    make_manager: MakeManager,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At each line: a session is blacklisted, its probe raises, no page can be had, a metric fails, it is let in."""
+    monkeypatch.setattr(failed_session_metrics, "_fault_said", threading.Event())
+    monkeypatch.setattr(conn, "_PAUSE_AFTER_FAULT_S", 0.01)
+    engine, before = Engine(probe=raises(RuntimeError("broken"))), shown_as_blacklisted()
+    engine.registers = -1
+    manager = make_manager(engine)
+    break_log(place, error)
+    for session in (D, OTHER):
+        manager.register_decode(session, SOME_MEMORY)
+    with monkeypatch.context() as fault:
+        fault.setattr(conn, "FAILED_SESSION_RECOVERIES", types.SimpleNamespace(inc=raises(OSError("gone"))))
+        blacklist(manager, D, OTHER, "nonsense")
+        assert wait_until(lambda: {D, OTHER} <= set(engine.asked))
+        with fault.context() as another:
+            another.setattr(SessionWatch, "take_due", lambda *_: raises(RuntimeError("a fault of our own"))())
+            time.sleep(0.1)
+        engine.probe.default_factory = lambda: 0
+        engine.probe.clear()
+        assert wait_until(lambda: blacklisted(manager) == {"nonsense"}), "nobody is healed any more"
+    assert engine.registered
+    blacklist(manager, D)
+    assert wait_until(lambda: watch_of(manager).known[D].relapses and not watch_of(manager).events)
+    manager.teardown()
+    assert not threads("MooncakeFailedSessionProbe")
+    assert shown_as_blacklisted() == before
+
+
+@IN_LOG
+@pytest.mark.parametrize("can_start", [True, False])
+def test_a_log_that_raises_keeps_no_node_from_starting(
+    place: str, can_start: bool, break_log: BreakLog, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_log(place, RuntimeError("broken"))
+    if not can_start:
+        monkeypatch.setattr(conn, "_start_failed_session_probe", lambda *_: raises(RuntimeError("of our own"))())
+    engine = Engine(probe=REFUSED)
+    manager = make_manager(engine)
+    assert isinstance(manager.failed_sessions, FailedSessions) is can_start
+    blacklist(manager, D)
+    assert engine.asked_something.wait(5 if can_start else 0) is can_start
+
+
+@IN_LOG
+@ERRORS
+def test_a_log_that_raises_ends_no_pass(place: str, error: BaseException, break_log: BreakLog) -> None:
+    engine = Engine()
+    engine.probe[OTHER] = raises(RuntimeError("broken"))
+    manager = bare(engine, D, OTHER)
+    break_log(place, error)
+    one_pass = threading.Thread(target=run_pass, args=(manager,))
+    one_pass.start()
+    one_pass.join(10)
+    assert manager.failed_sessions == {OTHER}
+    assert not one_pass.is_alive()
+
+
+def test_a_signal_that_ends_the_process_while_a_line_is_logged_is_heard(break_log: BreakLog) -> None:
+    break_log("filter", SystemExit(3))
+    with pytest.raises(SystemExit):
+        harmless_logger.logger.info("Its handler runs in the main thread, at any line")
+
+
+def test_a_fault_while_the_loop_stops_is_logged_and_leaves_nothing_in_the_gauges(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, before = make_manager(Engine(probe=REFUSED)), shown_as_blacklisted()
+    blacklist(manager, D)
+    assert wait_until(lambda: shown_as_blacklisted() == before + 1)
+    monkeypatch.setattr(conn._FailedSessionProber, "_report", lambda *_: raises(RuntimeError("a fault of our own"))())
+    manager.teardown()
+    assert caplog.text.count("RuntimeError: a fault of our own") == 1
+    assert shown_as_blacklisted() == before
+
+
 def test_a_fault_in_what_sglang_calls_is_logged_once_and_sglang_goes_on(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1185,6 +1299,18 @@ def test_a_manager_that_lacks_what_the_probe_needs_is_left_alone_and_what_it_lac
     manager = patched(LackingManager, missing.append)(attributes, "prefill")
     assert missing == [said]
     assert vars(manager) == attributes
+    assert not threads("MooncakeFailedSessionProbe")
+
+
+def test_a_manager_that_cannot_be_looked_at_is_logged_and_starts_without_the_probe(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(ENABLE, "1")
+    complete = {**COMPLETE, "failed_sessions": set()}
+    manager_class = patched(LackingManager)
+    manager_class.session_lock = property(lambda self: raises(RuntimeError("torn down"))(), lambda self, lock: None)
+    manager_class({name: complete[name] for name in complete if name != "session_lock"}, "prefill")
+    assert "RuntimeError: torn down" in caplog.text
     assert not threads("MooncakeFailedSessionProbe")
 
 

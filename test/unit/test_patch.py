@@ -367,6 +367,34 @@ assert probe_threads() == 0
     assert any(said in line for line in lines), "an operator is not told what is missing"
 
 
+@pytest.mark.parametrize(
+    "conn",
+    [
+        CONN.replace("session_lock", "lock"),
+        NATIVE_CONN.replace("session_lock", "lock"),
+        CONN.replace("MooncakeKVManager", "Manager"),
+        CONN + "_blacklist = 'taken'",
+    ],
+    ids=["no lock", "no lock, native", "no class", "name taken"],
+)
+def test_what_fails_while_the_patch_steps_aside_does_not_reach_sglang(conn: str, story: Story) -> None:
+    """A filter of the operator's may raise, and somebody else may have taken away what the patch takes back."""
+    story(
+        """
+def fails(record):
+    raise RuntimeError("broken")
+
+logging.getLogger("sglang_failed_session_probe.patch").addFilter(fails)
+activate()
+del engine().MooncakeTransferEngine.send_probe
+manager = getattr(conn(), "MooncakeKVManager", None) or conn().Manager
+manager(None, "prefill")
+assert vars(manager) == conn().ORIGINAL
+""",
+        {CONN_FILE: conn},
+    )
+
+
 def test_a_lock_that_its_thread_may_take_twice_will_do(story: Story) -> None:
     story("activate(); assert heals(prefill())", {CONN_FILE: CONN.replace("threading.Lock", "threading.RLock")})
 

@@ -40,6 +40,13 @@ def clock() -> Clock:
     return Clock()
 
 
+class Unspeakable(Exception):
+    """What not even its own ``repr`` can say."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("broken")
+
+
 # Four reads that were begun together.
 
 
@@ -123,6 +130,7 @@ def test_reads_that_nobody_looked_at_in_time_may_have_waited_or_not(
         ("done", "gave 'done'"),
         (raises(OSError(5)), "raised OSError(5)"),
         (raises(SystemExit(3)), "raised SystemExit(3)"),
+        (raises(Unspeakable()), "raised a Unspeakable"),
     ],
 )
 def test_the_first_read_that_fails_decides_and_the_others_are_looked_at_until_they_end(
@@ -221,6 +229,7 @@ def test_where_the_engine_cannot_read_the_handshake_decides_and_no_memory_is_reg
         ("7", "gave '7'"),
         (raises(OSError(5)), "raised OSError(5)"),
         (raises(SystemExit(3)), "raised SystemExit(3)"),
+        (raises(Unspeakable()), "raised a Unspeakable"),
     ],
 )
 @pytest.mark.parametrize("begun_before", [0, 2])
@@ -269,6 +278,7 @@ def test_where_to_begin_a_read_waits_for_a_connection_one_is_enough_and_the_peer
         (None, "gave None"),
         (True, "gave True"),
         (raises(OSError(5)), "raised OSError(5)"),
+        (raises(Unspeakable()), "raised a Unspeakable"),
     ],
 )
 def test_the_first_synchronous_read_that_fails_makes_a_peer_unreadable_and_says_why(read: Any, why: str) -> None:
@@ -334,6 +344,7 @@ def test_without_auxiliary_memory_the_kv_memory_is_read() -> None:
             raises(RuntimeError("GPU memory only")),
             "Mooncake raised RuntimeError('GPU memory only') when it was to register a page to read into",
         ),
+        (raises(Unspeakable()), "Mooncake raised a Unspeakable when it was to register a page to read into"),
     ],
 )
 def test_a_page_that_mooncake_refuses_is_said_once_and_tried_again_after_ten_seconds(

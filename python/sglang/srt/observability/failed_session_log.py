@@ -13,8 +13,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.mooncake import session_probe, session_watch
 from sglang.srt.disaggregation.mooncake.session_watch import Event
-
-_logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
+from sglang_failed_session_probe.harmless_logger import logger
 
 # Lines of a kind that are said in a spell, enough for a decode instance of two nodes; the others are summed up in one.
 LINES_IN_A_SPELL = 20
@@ -100,15 +99,15 @@ class FailedSessionLog:
                 details["refused"],
             )
         elif event is Event.MALFORMED:
-            _logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
+            logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
         elif event is Event.VERIFICATION_OFF:
-            _logger.warning(
+            logger.warning(
                 "Session %s works though its memory cannot be read: reads prove nothing on this transport, "
                 "so from now on this process lets sessions in when they answer probes",
                 session,
             )
         elif event is Event.FAULT:
-            _logger.error(
+            logger.error(
                 "Failed-session probe: a fault of its own at session %s, said once; SGLang is not affected\n%s",
                 session,
                 details["error"],
@@ -129,7 +128,7 @@ class FailedSessionLog:
 
     def page_refused(self, why: str) -> None:
         """Says that no peer's memory can be read for now."""
-        _logger.warning(
+        logger.warning(
             "Failed-session probe: %s, so no peer's memory can be read for now: sessions are let in when they answer "
             "probes. It is tried again",
             why,
@@ -139,7 +138,7 @@ class FailedSessionLog:
         """Says when as many probes are under way as may be; again only after half of them have come back."""
         if number >= most and not self._crowded:
             self._crowded = True
-            _logger.warning(
+            logger.warning(
                 "Failed-session probe: %d probes hang, as many as may; peers that hang are asked in turns now", number
             )
         elif number < most / 2:
@@ -153,7 +152,7 @@ class FailedSessionLog:
             if over:
                 self._spells.pop(kind, None)
             if spell.left_out and (over or (at_once and not spell.summed_up)):
-                _logger.log(
+                logger.log(
                     spell.level,
                     "Failed-session probe: %s: %d more within %.1f s, not named one by one",
                     kind,
@@ -188,7 +187,7 @@ class FailedSessionLog:
         spell = self._spells.setdefault(kind, _Spell(level, now))
         if spell.said < LINES_IN_A_SPELL:
             spell.said += 1
-            _logger.log(level, text, *arguments)
+            logger.log(level, text, *arguments)
         else:
             spell.left_out += 1
             spell.last_left_out = now

@@ -7,7 +7,6 @@ So it is imported on first use only: in the prefill scheduler, when the first ma
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pathlib
 import threading
@@ -16,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake.session_watch import Event
-
-_logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
+from sglang_failed_session_probe.harmless_logger import logger
 
 RESULTS = ("answered", "unanswered", "error", "unavailable", "unverified")
 # A live peer answers in 0.2 ms, a dropped attempt to connect ends after 5 s, one that hangs after 60 s.
@@ -114,8 +112,9 @@ def harmless() -> Iterator[None]:
     except Exception:
         if not _fault_said.is_set():
             _fault_said.set()
-            _logger.exception(
-                "Failed-session probe: a metric cannot be counted, said once; sessions recover all the same"
+            logger.error(
+                "Failed-session probe: a metric cannot be counted, said once; sessions recover all the same",
+                exc_info=True,
             )
 
 

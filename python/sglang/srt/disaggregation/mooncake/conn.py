@@ -12,7 +12,6 @@ import ctypes
 import dataclasses
 import functools
 import inspect
-import logging
 import os
 import queue
 import sys
@@ -31,6 +30,7 @@ from sglang.srt.disaggregation.mooncake import tent_probe as _tent_probe
 from sglang.srt.environ import FailedSessionProbeSettings
 from sglang.srt.observability import failed_session_log as _session_log
 from sglang.srt.observability import failed_session_metrics as _session_metrics
+from sglang_failed_session_probe.harmless_logger import logger as _probe_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
         def give_up(self, missing: str) -> None: ...
         def sglang_version(self) -> str: ...
 
-
-_probe_logger = logging.getLogger(__name__)
 
 if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has its own
     FAILED_SESSION_RECOVERIES = _session_metrics.RECOVERIES
@@ -148,8 +146,11 @@ class _FailedSessionProber:
                 self.shutdown.wait(_PAUSE_AFTER_FAULT_S)
         self._wind_up()
         workers.close()
-        self._report()
-        self._log.sum_up(at_once=True)
+        try:
+            self._report()
+            self._log.sum_up(at_once=True)
+        except Exception as fault:
+            self._say_fault(fault)
         self.metrics.stop()
         if not self.watch.in_flight():  # else the exit has to see to them
             atexit.unregister(self._stop_at_exit)
@@ -490,14 +491,14 @@ def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch
         init(self, *args, **kwargs)
         if not prefill or not settings.enabled or (patch and not patch.active):
             return
-        missing = _missing_of(self)
-        if missing and patch:
-            patch.give_up(missing)
-            return
         try:
-            _start_failed_session_probe(self, settings, patch.sglang_version() if patch else "not there")
+            missing = _missing_of(self)
+            if missing and patch:
+                patch.give_up(missing)
+            else:
+                _start_failed_session_probe(self, settings, patch.sglang_version() if patch else "not there")
         except Exception:
-            _probe_logger.exception("Failed-session probe: it could not start; SGLang is not affected")
+            _probe_logger.error("Failed-session probe: it could not start; SGLang is not affected", exc_info=True)
 
     return __init__
 

@@ -23,6 +23,7 @@ from typing import Any, Optional
 from sglang.srt.disaggregation.mooncake import tent_probe
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
 from sglang.srt.disaggregation.mooncake.session_states import Verdict
+from sglang_failed_session_probe.printable import printable_repr
 
 # Mooncake has four TCP connections to a peer, and each can be dead for itself.
 READS_AT_A_TIME = 4
@@ -155,11 +156,11 @@ class Reads:
         try:
             status = self._check_status(batch)
         except BaseException as error:  # an engine may raise anything
-            self.failed(f"reading its memory raised {error!r}")
+            self.failed(f"reading its memory raised {printable_repr(error)}")
             return True
         if type(status) is int and status in (0, 1):
             return status == 1
-        self.failed(f"reading its memory gave {status!r}")
+        self.failed(f"reading its memory gave {printable_repr(status)}")
         return bool(status != _TIMED_OUT)
 
 
@@ -221,10 +222,14 @@ class MemoryReader:
             try:
                 batch = begin_read(session, [scratch], [address], [READ_BYTES])
             except BaseException as error:  # an engine may raise anything
-                reads.failed(f"reading its memory raised {error!r}")
+                reads.failed(f"reading its memory raised {printable_repr(error)}")
                 break
             if type(batch) is not int or batch == 0:
-                reads.failed("reading its memory was refused" if batch == 0 else f"reading its memory gave {batch!r}")
+                reads.failed(
+                    "reading its memory was refused"
+                    if batch == 0
+                    else f"reading its memory gave {printable_repr(batch)}"
+                )
                 break
             reads.add(batch)
             if self._clock() >= began + self._BLOCKS_FROM_S:
@@ -257,9 +262,9 @@ class MemoryReader:
                 _kept_pages.append(page)
                 self._scratch = address
                 return
-            self._refused_why = f"Mooncake gave {rc!r} when it was to register a page to read into"
+            self._refused_why = f"Mooncake gave {printable_repr(rc)} when it was to register a page to read into"
         except BaseException as error:  # an engine may raise anything
-            self._refused_why = f"Mooncake raised {error!r} when it was to register a page to read into"
+            self._refused_why = f"Mooncake raised {printable_repr(error)} when it was to register a page to read into"
         self._refused_at = self._clock()
         if not was_refused:
             self._page_refused(self._refused_why)
@@ -272,9 +277,9 @@ def _read_one_by_one(read: Callable[[], Any]) -> Reads:
         try:
             rc = read()
         except BaseException as error:  # an engine may raise anything
-            return Reads.decided(Verdict.UNREADABLE, f"reading its memory raised {error!r}")
+            return Reads.decided(Verdict.UNREADABLE, f"reading its memory raised {printable_repr(error)}")
         if type(rc) is not int or rc != 0:
-            return Reads.decided(Verdict.UNREADABLE, f"reading its memory gave {rc!r}")
+            return Reads.decided(Verdict.UNREADABLE, f"reading its memory gave {printable_repr(rc)}")
     late = time.monotonic() - began >= Reads.LATE_S
     return Reads.decided(Verdict.READABLE_LATE if late else Verdict.READABLE)
 
