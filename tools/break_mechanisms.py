@@ -77,6 +77,12 @@ BREAKS = [
     # One session, in the order of session_states.py.
     Break("relapses are counted", Session._hold_after_probation_s, "self.relapses += 1", "self.relapses = 1"),
     Break(
+        "failed first uses are counted",
+        Session._hold_after_probation_s,
+        "self.failed_first_uses += 1",
+        "self.failed_first_uses = 1",
+    ),
+    Break(
         "one that has worked starts over", Session._hold_after_probation_s, "worked = self.uses > 1", "worked = False"
     ),
     Break(
@@ -137,7 +143,7 @@ BREAKS = [
     Break(
         "fail-open grows with relapses",
         Session._opens_at,
-        "backoff_s(settings.interval_s, 2 * self.relapses, settings.max_interval_s)",
+        "backoff_s(settings.interval_s, 2 * self.failed_first_uses, settings.max_interval_s)",
         "settings.interval_s",
     ),
     Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),

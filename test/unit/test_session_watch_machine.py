@@ -99,9 +99,8 @@ class Known:
     read_by: float = 0.0
     is_new: bool = True  # this is its first outage
     relapses: int = 0
-    short_spells: int = 0
+    failed_first_uses: int = 0
     hold_s: float = 0.0
-    hold_may_be: set[float] = dataclasses.field(default_factory=set)
     hold_until: float = 0.0
     let_in_at: float = 0.0
     used_at: Optional[float] = None
@@ -121,19 +120,21 @@ class Known:
         return now >= self.used_at + PROBATION_S
 
     def fails_open_after(self) -> float:
-        return min(INTERVAL_S * 4.0**self.relapses, MAX_INTERVAL_S)
+        return min(INTERVAL_S * 4.0**self.failed_first_uses, MAX_INTERVAL_S)
 
     def fails_again(self) -> None:
         """A transfer failed on probation: how its hold follows from what it has done since it was let in."""
         self.reads_mislead = self.uses > 1 and self.was_let_in_unverified
+        self.relapses += 1
         if self.uses < 2:
-            self.relapses += 1
-            self.hold_s = min(2.0 ** (self.relapses - 1), MAX_INTERVAL_S)
+            self.failed_first_uses += 1
+            self.hold_s = min(2.0 ** (self.failed_first_uses - 1), MAX_INTERVAL_S)
             return
         assert self.used_at is not None
-        self.relapses = 0
-        self.short_spells = 0 if self.last_used_at - self.used_at >= 1.0 else self.short_spells + 1
-        self.hold_s = min(2.0 ** (self.short_spells - 1), INTERVAL_S / 2) if self.short_spells else 0.0
+        self.failed_first_uses = 0
+        self.hold_s = min(2.0 ** (self.relapses - 1), INTERVAL_S / 2)
+        if self.last_used_at - self.used_at >= 1.0:
+            self.relapses, self.hold_s = 0, 0.0
 
 
 class Onlooker:
@@ -282,12 +283,10 @@ class Onlooker:
         relapses = entry.detail["relapses"]
         if known.may_be_over:  # nothing tells whether its last reads have begun its probation anew
             assert relapses in (0, 1)
-            known.relapses, known.short_spells, known.hold_s = relapses, 0, float(relapses)
-            known.hold_may_be = {0.0, 1.0}
-        else:
-            if not known.is_new:
-                known.fails_again()
-            known.hold_may_be = {known.hold_s}
+            known.relapses, known.hold_s = relapses, float(relapses)
+            known.failed_first_uses = relapses if known.uses < 2 else 0
+        elif not known.is_new:
+            known.fails_again()
         assert relapses == known.relapses, f"{entry.session} is not held as it should be"
         known.blacklisted, known.is_new = True, False
         known.hold_until = entry.at
@@ -295,9 +294,7 @@ class Onlooker:
 
     def _note_held(self, entry: Entry, known: Optional[Known]) -> None:
         assert known is not None, "held, and nothing is known of it"
-        assert entry.detail["hold_s"] in known.hold_may_be
-        if len(known.hold_may_be) > 1 and not known.relapses:
-            known.short_spells = 1
+        assert entry.detail["hold_s"] == known.hold_s
         known.hold_until = entry.at + entry.detail["hold_s"]
         assert entry.detail["relapses"] == known.relapses
 

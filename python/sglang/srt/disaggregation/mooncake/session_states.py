@@ -96,11 +96,12 @@ class Session:
         "blacklisted_at",
         "due_at",  # for the schedule: the only heap entry of this session that counts
         "failed_at",
+        "failed_first_uses",  # how often in a row its first use has failed
         "generation",  # of its newest failure or re-admission: an answer asked for in another one does not count
         "has_end_check",  # for the schedule: an entry of its heap is for the end of this session
         "hold_s",  # how long it is held in this outage, or was in the last one
         "id",
-        "last_used_at",
+        "last_used_at",  # on probation
         "late_since",  # first of the reads since it answers that had to wait, or None
         "listen_at",  # the first probe from then on looks whether the peer cuts probes short
         "probed_at",
@@ -109,13 +110,12 @@ class Session:
         "reads_since",  # when the reads that are pending were begun, or None
         "refused",  # how often a request looked it up in vain
         "registration",  # on probation: what the peer had registered when it was let in
-        "relapses",  # how often in a row its first use has failed
+        "relapses",  # how often it has failed soon since it last worked for a second
         "requested_at",
         "rules",
-        "short_spells",  # how often in a row it has failed after less than a second of work
         "still_unreadable",  # on probation: its memory could not be read at the end of a whole one
         "unreadable",  # why its memory could not be read in this outage, None if that was not found
-        "used_at",  # on probation: when a request first used it, or None
+        "used_at",  # on probation: when a request first used it
         "uses",
         "was_gone",  # a probe in this outage was refused: its process may be another one now
     )
@@ -123,7 +123,7 @@ class Session:
     def __init__(self, session: object, rules: Rules, now: float) -> None:
         self.id: Any = session
         self.rules = rules
-        self.relapses = self.short_spells = 0
+        self.relapses = self.failed_first_uses = 0
         self.reads_mislead = False
         self.has_end_check = False
         self.probed_at = self.due_at = 0.0
@@ -264,7 +264,7 @@ class Session:
         settings = self.rules.settings
         if self.reads_mislead:
             return self.answered_since + settings.settle_s
-        return self.answered_since + backoff_s(settings.interval_s, 2 * self.relapses, settings.max_interval_s)
+        return self.answered_since + backoff_s(settings.interval_s, 2 * self.failed_first_uses, settings.max_interval_s)
 
     def _why_unverified(self, now: float) -> str:
         """Why it cannot be verified; empty if no reads have failed or hung yet."""
@@ -286,7 +286,6 @@ class Session:
         self.registration = registration
         self.reads_since = None
         self.still_unreadable = False
-        self.used_at: Optional[float] = None
         self.uses = 0
         self.unreadable = unverified
 
@@ -298,17 +297,17 @@ class Session:
             return None
         if now >= self.ends_at():
             return self.probation_ends(now)
-        self.uses += 1
-        self.last_used_at = now
-        if self.used_at is None:
+        if not self.uses:
             self.used_at = now
+        self.last_used_at = now
+        self.uses += 1
         return None
 
     def ends_at(self) -> float:
         """When it is forgotten if nothing happens: when nobody asks for it or, once it is used, at its probation's end,
         which is later where a transfer may take longer.
         """
-        if not self.blacklisted and self.used_at is not None:
+        if not self.blacklisted and self.uses:
             return self.used_at + PROBATION_S * max(1.0, self.rules.transfer_timeout_s / TRANSFER_TIMEOUT_S)
         return self.requested_at + self.rules.settings.idle_timeout_s
 
@@ -341,8 +340,8 @@ class Session:
         if self.still_unreadable:
             return SwitchVerificationOff()
         self.still_unreadable = True
-        self.relapses = self.short_spells = 0
-        self.reads_since = self.used_at = None
+        self.relapses = self.failed_first_uses = 0
+        self.reads_since = None
         self.requested_at = now
         self.uses = 0
         return None
@@ -357,13 +356,15 @@ class Session:
         first_s, settings = 1.0, self.rules.settings
         worked = self.uses > 1
         self.reads_mislead = worked and self.unreadable is not None
-        if not worked:
-            self.relapses += 1
-            return backoff_s(first_s, self.relapses - 1, settings.max_interval_s)
-        self.relapses = 0
-        assert self.used_at is not None
-        self.short_spells = 0 if self.last_used_at - self.used_at >= first_s else self.short_spells + 1
-        return backoff_s(first_s, self.short_spells - 1, settings.interval_s / 2.0) if self.short_spells else 0.0
+        if worked and self.last_used_at - self.used_at >= first_s:
+            self.relapses = self.failed_first_uses = 0
+            return 0.0
+        self.relapses += 1
+        if worked:
+            self.failed_first_uses = 0
+            return backoff_s(first_s, self.relapses - 1, settings.interval_s / 2.0)
+        self.failed_first_uses += 1
+        return backoff_s(first_s, self.failed_first_uses - 1, settings.max_interval_s)
 
     def _hold_until(self) -> float:
         return self.blacklisted_at + self.hold_s
