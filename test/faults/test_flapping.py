@@ -58,3 +58,26 @@ def test_a_flapping_decode_node_is_held_longer_each_time_and_a_quiet_spell_ends_
         prefill.wait_until_served(decode, deadline_s=10)
         prefill.wait_for_recoveries(RELAPSES + 2)
         assert holds_in(prefill.log_text()) == HOLDS_S, "held for relapses that a quiet spell had ended"
+
+
+def test_a_decode_node_that_fails_now_and_then_for_a_reason_of_the_prefills_own_is_never_held(
+    tmp_path: pathlib.Path, record_fault: Callable[..., None]
+) -> None:
+    """As where the TCP queue is full for a moment. A relapse would be held for 1, 2, 4, ... s."""
+    spells, of_s = 5, 1.5
+    with Node("prefill", tmp_path / "prefill") as prefill, Node("decode", tmp_path / "decode") as decode:
+        prefill.register(decode)
+        assert prefill.send_to(decode) == ""
+        out_s = 0.0
+        for _ in range(spells):
+            prefill.misbehave("batch_transfer_sync_write", "gives", -1)
+            assert "Failed to send" in prefill.send_to(decode)
+            prefill.misbehave("batch_transfer_sync_write", "works")
+            out_s += prefill.wait_until_served(decode, deadline_s=10)
+            works_until = time.monotonic() + of_s
+            while time.monotonic() < works_until:
+                assert prefill.send_to(decode) == ""
+                time.sleep(0.05)
+        prefill.wait_for_recoveries(spells)
+        assert holds_in(prefill.log_text()) == [], "a healthy peer is out for longer than it takes to heal"
+        record_fault("local failures", f"one for every {of_s:g} s of use", lost=0, served_after_s=out_s / spells)

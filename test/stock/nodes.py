@@ -196,8 +196,18 @@ def hand_over(prefill: Node, decode: Node, register: bool = False, pages: list[i
 
 def send(prefill: Node, room: int, pages: list[int] = SOURCE_PAGES) -> Sent:
     """Transfer new bytes, of these pages, for a request that was handed over; return when the transfer has ended."""
+    begin_to_send(prefill, room, pages)
+    return end_of(prefill, room)
+
+
+def begin_to_send(prefill: Node, room: int, pages: list[int] = SOURCE_PAGES) -> None:
+    """As `send`, but return at once."""
     prefill.ask("fill", seed=room % 251)
     prefill.ask("send", room=room, pages=pages)
+
+
+def end_of(prefill: Node, room: int) -> Sent:
+    """How a transfer ends that was begun."""
     ended = prefill.ask("finish", room=room, wait_s=30)
     return Sent(ended["status"], ended.get("reason", ""))
 
@@ -219,6 +229,7 @@ class Story:
     served_before: bool
     failed: Sent
     failed_after_s: float
+    behind_it: Sent
     blacklisted: bool
     refused: Sent
     recovered: bool
@@ -227,14 +238,19 @@ class Story:
 
 
 def play_story(prefill: Node, decode: Node) -> Story:
-    """Stop decode in the middle of a request, send a second one while it is stopped, then let decode go on."""
+    """Stop decode in the middle of a request with another one behind it, send one more while it is stopped, then let
+    decode go on.
+    """
     served_before = is_served(prefill, decode)
-    first, second = hand_over(prefill, decode), hand_over(prefill, decode)
+    first, behind, second = (hand_over(prefill, decode) for _ in range(3))
     decode.stop()
     try:
         began = time.monotonic()
-        failed = send(prefill, first)
+        begin_to_send(prefill, first)
+        begin_to_send(prefill, behind)
+        failed = end_of(prefill, first)
         failed_after_s = time.monotonic() - began
+        behind_it = end_of(prefill, behind)
         blacklisted = is_blacklisted(prefill, decode.session)
         refused = send(prefill, second)
     finally:
@@ -246,6 +262,7 @@ def play_story(prefill: Node, decode: Node) -> Story:
         served_before,
         failed,
         failed_after_s,
+        behind_it,
         blacklisted,
         refused,
         recovered,

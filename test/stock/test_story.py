@@ -62,6 +62,13 @@ def test_a_stopped_decode_fails_the_request_and_is_blacklisted(story: Story) -> 
     assert story.blacklisted
 
 
+def test_sglang_works_off_the_requests_for_one_session_in_order(story: Story) -> None:
+    """Its transfer threads (four by default) look a session up once the transfer before has ended. So a second look
+    says that the first transfer went through: a peer's work is measured by that.
+    """
+    assert "is not alive" in story.behind_it.reason, "two transfers to one session were under way together"
+
+
 def test_the_next_request_is_refused_in_sglangs_own_words(story: Story, decode: Node) -> None:
     assert story.refused.status == "Failed"
     assert f"remote mooncake session {decode.session} is not alive" in story.refused.reason

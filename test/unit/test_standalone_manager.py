@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fake_engine import Engine
-from managers import ENABLE, NO_MEMORY, OTHER, SOME_MEMORY, D, send
+from managers import ENABLE, NO_MEMORY, OTHER, SOME_MEMORY, D, send, wait_until
 from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager
 
 MEMORY = types.SimpleNamespace(
@@ -86,3 +87,22 @@ def test_a_session_to_which_a_transfer_has_failed_is_refused_until_it_registers_
     assert manager.decode_kv_args_table == {D: SOME_MEMORY}
     assert dict(manager.session_failures) == {}
     send(manager, D)
+
+
+def test_a_request_behind_one_that_fails_is_refused_and_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on SGLang. Were both under way together, the second would look as if the first had gone through."""
+    engine = NotingEngine()
+    engine.transfer = lambda: -1 if engine.goes_on.wait(30) else 0
+    manager = manager_with(engine, monkeypatch)
+    with ThreadPoolExecutor(3) as threads:
+        requests = [threads.submit(send, manager, D) for _ in range(2)]
+        assert wait_until(lambda: len(engine.told) > 1)
+        requests.append(threads.submit(send, manager, OTHER))
+        assert wait_until(lambda: len(engine.told) > 2), "a session waits for another one"
+        engine.goes_on.set()
+    reasons = sorted(str(request.exception()) for request in requests)
+    assert [reason.split(",")[0] for reason in reasons] == [
+        "Decode instance could be dead",
+        f"Failed to send 1 blocks to {D} (rc -1)",
+        f"Failed to send 1 blocks to {OTHER} (rc -1)",
+    ]

@@ -50,6 +50,7 @@ class MooncakeKVManager:
             self.session_failures: dict[str, int] = defaultdict(int)
             self.failed_sessions: set[str] = set()
             self.session_lock = threading.Lock()
+            self._in_order: dict[str, threading.Lock] = {}
 
     def init_engine(self) -> None:
         """Starts the Mooncake engine of this manager."""
@@ -80,8 +81,13 @@ class MooncakeKVManager:
         """Writes blocks (address here, address there, bytes) to a decode process and waits until they are there.
 
         Raises KVTransferError if the session is blacklisted, and if the transfer fails, which blacklists it.
-        Any thread.
+        Any thread. One session's requests are sent one after another, as SGLang does: what waited behind one that fails
+        is refused at once, and a second look at the blacklist says that the first transfer went through.
         """
+        with self._in_order.setdefault(session_id, threading.Lock()):
+            self._send_blocks(session_id, blocks)
+
+    def _send_blocks(self, session_id: str, blocks: list[tuple[int, int, int]]) -> None:
         with self.session_lock:
             if session_id in self.failed_sessions:
                 raise KVTransferError(
