@@ -25,7 +25,7 @@ from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prob
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
 from sglang.srt.disaggregation.mooncake.probe_workers import Workers
-from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads, _Page
 from sglang.srt.disaggregation.mooncake.session_states import Session
 from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
 from sglang.srt.observability import failed_session_metrics as metrics
@@ -100,8 +100,14 @@ BREAKS = [
     Break(
         "reads of one that worked unread prove nothing",
         Session._hold_after_probation_s,
-        "worked and self.unreadable is not None",
-        "False",
+        "self.unreadable is not None or",
+        "False or",
+    ),
+    Break(
+        "one that worked though its reads had waited need not settle again",
+        Session._hold_after_probation_s,
+        "or self.late_since is not None",
+        "",
     ),
     Break("a probation is as long as any", Session.let_in, "self.requested_at = now", "pass"),
     Break("a failure makes answers before it void", Session.failed, "self.answered_since: Optional[float] = None", ""),
@@ -150,13 +156,13 @@ BREAKS = [
     Break(
         "settles again once if nobody looked in time",
         Session._settles_again,
-        "(unseen and self.late_since is not None)",
-        "unseen",
+        "verdict is Verdict.READABLE_UNSEEN and self.late_since is None",
+        "verdict is Verdict.READABLE_UNSEEN",
     ),
     Break(
-        "settles again for a third of INTERVAL at most",
+        "settles again for half of INTERVAL at most",
         Session._settles_again,
-        "and now < self.late_since + self.rules.interval_s / 3.0",
+        "and now < self.late_since + longest_s",
         "",
     ),
     Break(
@@ -302,12 +308,31 @@ BREAKS = [
     Break("reads are told once", PendingReads.look, "and not was_told", "", PROBE_TESTS),
     Break(
         "a refused page is registered later",
-        MemoryReader._scratch_address,
+        MemoryReader._scratch_for,
         "self._clock() >= self._refused_at + self._REGISTER_AGAIN_S",
         "not self._refused_why",
         PROBE_TESTS,
     ),
     Break("a refused page is said once", MemoryReader._register_page, "if not was_refused:", "if True:", PROBE_TESTS),
+    Break("a page stays while reads are pending", _Page.leave, "not self._abandoned and", "", PROBE_TESTS),
+    Break("a page stays where nobody can tell", _Page.leave, "not self._unsure and", "", PROBE_TESTS),
+    Break("a page stays while reads are being begun", _Page._forget_ended, "reads.begun and", "", PROBE_TESTS),
+    Break(
+        "a page that stays serves the next reader",
+        _Page.leave,
+        "self._left.append((mooncake, self))",
+        "pass",
+        PROBE_TESTS,
+    ),
+    Break("one page after another", _Page.leave, "                self.spare.append(self)\n", "", PROBE_TESTS),
+    Break(
+        "reads left by an earlier reader are looked at",
+        _Page.leave,
+        "            reads.look()\n",
+        "            pass\n",
+        PROBE_TESTS,
+    ),
+    Break("reads that have ended are forgotten", _Page.add, "            self._forget_ended()\n", "", PROBE_TESTS),
     Break(
         "unknown addresses fail nothing",
         MemoryReader._address_of,
@@ -329,6 +354,8 @@ BREAKS = [
         "rc == _NO_ANSWER",
         PROBE_TESTS,
     ),
+    Break("a stuck queue is named as a cause", FailedSessionLog.heard, "self._other_cause", '""', LOG_TESTS),
+    Break("a long queue is no cause", session_probe.has_short_queue, "not is_long and", "", PROBE_TESTS),
     Break("no probe that ends the process", session_probe.ask, " or tent_probe.why_no_probe()", "", TENT_TESTS),
     Break("no reads on TENT", Prober.__init__, " or _tent_probe.is_on()", "", TENT_TESTS),
     Break("no trial under the lock", conn._prober_of, "    _session_probe.can_probe(manager.engine)", "", TENT_TESTS),
@@ -369,7 +396,23 @@ BREAKS = [
         "[] if stopped else self.watch.take_due(due_by)",
         "self.watch.take_due(due_by)",
     ),
-    Break("stop at exit", Prober.run, "        atexit.register(self._stop_at_exit)\n", ""),
+    Break("stop at exit", conn._register_hooks, "    atexit.register(_stop_probers)\n", ""),
+    Break("one hook for all managers", conn._register_hooks, "@functools.cache", "", CONN_TESTS),
+    Break(
+        "a stopped prober is collected",
+        conn._register_hooks,
+        "    atexit.register",
+        "    _probers.add = set().add\n    atexit.register",
+        CONN_TESTS,
+    ),
+    Break(
+        "reads that are about to end are waited for",
+        Prober._wind_up,
+        " and not (in_grace and self._pending.next_look_in() is not None)",
+        "",
+        CONN_TESTS,
+    ),
+    Break("the page is deregistered at a stop", Prober.run, "        self._reader.close()\n", "", CONN_TESTS),
     Break(
         "calls that hang are ended at a stop",
         Prober._wind_up,
@@ -379,7 +422,7 @@ BREAKS = [
     ),
     Break(
         "a thread that cannot be ended waits for the end",
-        Prober._stop_at_exit,
+        Prober.stop_at_exit,
         "            _hold_threads_that_terminate()\n",
         "            pass\n",
         EXIT_TESTS,
@@ -446,9 +489,9 @@ BREAKS = [
     ),
     Break(
         "session_lock is free after a fork",
-        Prober.__init__,
-        "os.register_at_fork(after_in_child=self._lock._at_fork_reinit)",
-        "pass",
+        conn._register_hooks,
+        "    os.register_at_fork(after_in_child=_free_locks)\n",
+        "",
         f"{FAULTS}/test_processes.py",
     ),
     Break(

@@ -225,7 +225,7 @@ def test_a_peer_that_fails_once_in_a_while_for_a_local_reason_is_nearly_always_u
     assert an_hour(OurLoop(peer), by_use(every_s)).in_use >= at_least
 
 
-@pytest.mark.parametrize("every_s", [5.0, 12.0, 100.0])
+@pytest.mark.parametrize("every_s", [5.0, 12.0, 20.0, 100.0])
 def test_a_healthy_peer_whose_reads_are_always_slow_is_used_more_than_with_a_fixed_loop(every_s: float) -> None:
     ours = an_hour(OurLoop(Peer(read_takes=0.5)), by_use(every_s)).in_use
     assert ours >= fixed_loop_in_use(lambda: by_use(every_s))

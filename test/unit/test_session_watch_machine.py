@@ -106,7 +106,7 @@ class Known:
     used_at: Optional[float] = None
     last_used_at: float = 0.0
     uses: int = 0
-    was_let_in_unverified: bool = False
+    was_doubtful: bool = False  # let in unverified, or though its reads had waited to the last
     reads_mislead: bool = False  # it worked though it was let in unverified
     may_be_over: bool = False
     to_be_read_again: bool = False  # let in unverified: it is read once or twice more before it is forgotten
@@ -124,7 +124,7 @@ class Known:
 
     def fails_again(self) -> None:
         """A transfer failed on probation: how its hold follows from what it has done since it was let in."""
-        self.reads_mislead = self.uses > 1 and self.was_let_in_unverified
+        self.reads_mislead = self.uses > 1 and self.was_doubtful
         self.relapses += 1
         if self.uses < 2:
             self.failed_first_uses += 1
@@ -269,12 +269,14 @@ class Onlooker:
         elif verdict is Verdict.READABLE_LATE and self._settles_again(known, entry.at):
             known.answered_since = entry.at
         else:
+            if verdict is not Verdict.READABLE_LATE:
+                known.late_since = None
             known.proof = entry.at, verdict
 
     def _settles_again(self, known: Known, now: float) -> bool:
         if known.late_since is None:
             known.late_since = now
-        return self.settle_s > 0 and now < known.late_since + INTERVAL_S / 3
+        return self.settle_s > 0 and not known.reads_mislead and now < known.late_since + INTERVAL_S / 2
 
     # Events.
 
@@ -320,7 +322,8 @@ class Onlooker:
             assert answered_for >= opens_after_s - 0.001, f"{session} was let in too early unverified"
             assert known.unreadable or self._hangs_since(session, known) <= entry.at - READ_HANGS_S + 0.001
         known.blacklisted, known.used_at, known.let_in_at = False, None, entry.at
-        known.uses, known.asked_for_at, known.was_let_in_unverified = 0, entry.at, reason is not None
+        known.uses, known.asked_for_at = 0, entry.at
+        known.was_doubtful = reason is not None or known.late_since is not None
         known.may_be_over = False
         known.to_be_read_again = reason is not None and self.verifying
         known.fresh, known.reads_since, known.proof = set(), None, None

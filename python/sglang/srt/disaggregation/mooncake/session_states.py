@@ -106,7 +106,7 @@ class Session:
         "listen_at",  # the first probe from then on looks whether the peer cuts probes short
         "probed_at",
         "read_next",  # the next probe is followed by reads
-        "reads_mislead",  # it worked, though its memory could not be read when it was let in
+        "reads_mislead",  # it worked, though reads of its memory had failed or waited when it was let in
         "reads_since",  # when the reads that are pending were begun, or None
         "refused",  # how often a request looked it up in vain
         "registration",  # on probation: what the peer had registered when it was let in
@@ -230,16 +230,18 @@ class Session:
         return ProbeAt(min(hangs_at, now + self.rules.interval_s))
 
     def _settles_again(self, now: float, verdict: Verdict) -> bool:
-        """True for a third of INTERVAL from its first read that waited for a connection: what a failed transfer has left
-        on the others lands up to 0.5 s after the first is free, and later on a slow link. A peer whose reads are always
-        slow is out for less than the 15 s of a loop that lets everybody in each 30 s. Once if it only may have waited.
+        """True for half of INTERVAL from its first read that waited for a connection: what a failed transfer has left
+        on the others lands up to 0.5 s after the first is free, and up to 12 s on a slow link. Once if it only may have
+        waited, and not where its reads are always slow: it worked though they had waited to the last.
         """
-        unseen = verdict is Verdict.READABLE_UNSEEN
-        if not (verdict is Verdict.READABLE_LATE or unseen) or (unseen and self.late_since is not None):
+        may_be_late = verdict is Verdict.READABLE_UNSEEN and self.late_since is None
+        if not (verdict is Verdict.READABLE_LATE or may_be_late):
+            self.late_since = None
             return False
         if self.late_since is None:
             self.late_since = now
-        return self.rules.settings.settle_s > 0 and now < self.late_since + self.rules.interval_s / 3.0
+        longest_s = 0.0 if self.reads_mislead else self.rules.interval_s / 2.0
+        return self.rules.settings.settle_s > 0 and now < self.late_since + longest_s
 
     def _pause_s(self, now: float) -> float:
         """From reads that failed to the next: longer than the 1.0 s for which Mooncake leaves a connection alone then.
@@ -355,7 +357,7 @@ class Session:
         """
         first_s, settings = 1.0, self.rules.settings
         worked = self.uses > 1
-        self.reads_mislead = worked and self.unreadable is not None
+        self.reads_mislead = worked and (self.unreadable is not None or self.late_since is not None)
         if worked and self.last_used_at - self.used_at >= first_s:
             self.relapses = self.failed_first_uses = 0
             return 0.0
