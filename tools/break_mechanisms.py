@@ -356,6 +356,8 @@ BREAKS = [
     ),
     Break("a stuck queue is named as a cause", FailedSessionLog.heard, "self._other_cause", '""', LOG_TESTS),
     Break("a long queue is no cause", session_probe.has_short_queue, "not is_long and", "", PROBE_TESTS),
+    Break("a stuck queue is named as a cause", FailedSessionLog.heard, "self._other_cause", '""', LOG_TESTS),
+    Break("a long queue is no cause", session_probe.has_short_queue, "not is_long and", "", PROBE_TESTS),
     Break("no probe that ends the process", session_probe.ask, " or tent_probe.why_no_probe()", "", TENT_TESTS),
     Break("no reads on TENT", Prober.__init__, " or _tent_probe.is_on()", "", TENT_TESTS),
     Break("no trial under the lock", conn._prober_of, "    _session_probe.can_probe(manager.engine)", "", TENT_TESTS),

@@ -34,6 +34,9 @@ VENVS = pathlib.Path(os.environ.get("FAILED_SESSION_PROBE_VENVS") or HERE.parent
 SHARED_RELEASE = "0.5.23"
 MOONCAKE = "mooncake-transfer-engine-non-cuda"
 MOONCAKE_VERSION = "0.3.13.post1"
+# Of a version that has no wheel for machines without CUDA, this one is installed, and made to run without CUDA.
+MOONCAKE_FOR_CUDA = "mooncake-transfer-engine-cuda13"
+CUDA_RUNTIME = "nvidia-cuda-runtime==13.*"
 BEFORE_ENGINES = ("bench", "dist")  # `engines` with the packages of a file of their own in front of it
 STAMP = "recipe.sha256"
 DEADLINE_S = 1800.0
@@ -45,6 +48,9 @@ MOONCAKE_LIBRARIES = {
     "libnuma1": "libnuma.so.1",
     "libcurl4": "libcurl.so.4",
 }
+# What its wheel for CUDA needs besides, and what makes it run without a driver.
+CUDA_MOONCAKE_LIBRARIES = {"ibverbs-providers": "libmlx5.so.1"}
+COMPILER = {"gcc": "gcc", "binutils": "nm"}
 # The packages which a release of SGLang wants in its own version; all others it takes from the shared environment.
 COMPANIONS = ("transformers", "xgrammar", "openai", "openai-harmony")
 # What these releases import from triton is gone from later versions of it.
@@ -166,7 +172,12 @@ def _make(name: str, folder: pathlib.Path) -> None:
     elif mooncake:
         path = _new_in_front(_made(name.removesuffix(f"+{mooncake}")), folder)
         say("download: 50 MB")
-        _pip_install(path, "--no-deps", f"{MOONCAKE}=={mooncake}")
+        try:
+            _pip_install(path, "--no-deps", f"{MOONCAKE}=={mooncake}")
+        except CannotMake:
+            _need_debian_packages(for_cuda=True)
+            _pip_install(path, "--no-deps", f"{MOONCAKE_FOR_CUDA}=={mooncake}", CUDA_RUNTIME)
+            _run_without_cuda(_site_packages(folder))
     elif release in (None, SHARED_RELEASE):
         _make_from_requirements(release, folder)
     else:
@@ -193,6 +204,26 @@ def _make_from_requirements(release: str | None, folder: pathlib.Path) -> None:
         _pip_install(path, "--no-deps", f"sglang=={release}")
         _check_torch(path)
         _mute_torchvision_extension(folder)
+
+
+def _run_without_cuda(packages: pathlib.Path) -> None:
+    """Lets the engine of a wheel for CUDA be imported on a machine that has none, and use the CPU's memory.
+
+    It looks for libraries beside itself first: there are the CUDA runtime, which is a package, and a driver of our own
+    in which every function says that there is no device.
+    """
+    engine = packages / "mooncake"
+    (runtime,) = packages.glob("nvidia/*/lib/libcudart.so.*")
+    (engine / runtime.name).symlink_to(runtime)
+    symbols = run(["nm", "--dynamic", "--undefined-only", *map(str, engine.glob("*.so"))]).stdout
+    functions = sorted(set(re.findall(r" U (cu[A-Z]\w*)$", symbols, re.MULTILINE)))
+    source = engine / "no_driver.c"
+    source.write_text(
+        "".join(f"int {function}(void) {{ return 100; }}  // CUDA_ERROR_NO_DEVICE\n" for function in functions)
+    )
+    done = run(["gcc", "-shared", "-fPIC", "-o", str(engine / "libcuda.so.1"), str(source)])
+    if done.returncode:
+        raise CannotMake(f"gcc cannot build a driver for no device:\n{done.stdout[-2000:]}")
 
 
 def _companions(folder: pathlib.Path) -> list[str]:
@@ -293,8 +324,10 @@ def _mute_torchvision_extension(folder: pathlib.Path) -> None:
     registrations.write_text("import torchvision.extension  # noqa: F401\n")
 
 
-def _missing_debian_packages() -> list[str]:
-    missing = [package for package, library in MOONCAKE_LIBRARIES.items() if not _loads(library)]
+def _missing_debian_packages(for_cuda: bool) -> list[str]:
+    libraries = {**MOONCAKE_LIBRARIES, **(CUDA_MOONCAKE_LIBRARIES if for_cuda else {})}
+    missing = [package for package, library in libraries.items() if not _loads(library)]
+    missing += [package for package, program in COMPILER.items() if for_cuda and not shutil.which(program)]
     if _bundled_pip() is None:
         missing.append("python3-venv")
     return missing
@@ -309,8 +342,8 @@ def _loads(library: str) -> bool:
 
 
 @functools.cache
-def _need_debian_packages() -> None:
-    missing = _missing_debian_packages()
+def _need_debian_packages(for_cuda: bool = False) -> None:
+    missing = _missing_debian_packages(for_cuda)
     if not missing:
         return
     if os.geteuid() == 0 and shutil.which("apt-get"):
@@ -318,7 +351,7 @@ def _need_debian_packages() -> None:
         # Whether this did what was needed is looked at afterwards: one dead source among many does no harm.
         run(["apt-get", "update"])
         run(["apt-get", "install", "-y", "--no-install-recommends", *missing], DEBIAN_FRONTEND="noninteractive")
-        missing = _missing_debian_packages()
+        missing = _missing_debian_packages(for_cuda)
     if missing:
         raise CannotMake(f"please install what Mooncake and Python need: apt-get install {' '.join(missing)}")
 

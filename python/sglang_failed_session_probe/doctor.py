@@ -253,6 +253,7 @@ except BaseException as error:
         except BaseException:
             pass
 print(json.dumps(answer), file=answers)
+print(json.dumps(session_probe.has_short_queue()), file=answers)
 if answer is True and tent_probe.is_on():
     print(json.dumps(tent_probe.why_no_probe()), file=answers)
 """
@@ -277,7 +278,9 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
     lines = [*_several_wheels(wheels, wheel, release), release]
     if found_our_files:  # else it is our own files that are not there, which is said elsewhere
         lines.append(_engine_line(engine, wheel))
-    lines += map(_tent_line, map(json.loads, answers[1:]))
+    if answers[1:2] == ["true"]:
+        lines.append(_SHORT_QUEUE)
+    lines += map(_tent_line, map(json.loads, answers[2:]))
     return _name(wheel), lines
 
 
@@ -403,6 +406,15 @@ def _engine_line(engine: Any, wheel: Optional[importlib.metadata.Distribution]) 
     missing = [package for file, package in _MOONCAKE_LIBRARIES.items() if file == name or not _loads(file)]
     do = f"apt-get install {' '.join(missing)}" if missing else f"install what brings {name}"
     return Line("error", subject, f"{subject} needs {name}, which this system lacks", do, _STOPS)
+
+
+_SHORT_QUEUE = Line(
+    "warning",
+    "queue",
+    "over TCP, a burst of more than 1,024 blocks overflows this Mooncake's queue to a decode node, which then may "
+    "not be reached any more until this node is started anew",
+    "set MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535, or install Mooncake 0.3.14 or later",
+)
 
 
 def _tent_line(why_no_probe: str) -> Line:

@@ -34,7 +34,7 @@ Make = Callable[..., Environment]
 
 
 def test_where_nothing_is_wrong_it_says_that_a_prefill_node_will_probe(sound: Environment) -> None:
-    report = sound.doctor(**ON)
+    report = sound.doctor(MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER="65535", **ON)
     assert (report.status, report.verdict) == (0, WILL_PROBE)
     assert [line for line in report.lines if line["mark"] in ("warning", "error")] == []
     assert (report.whole["sglang"], report.whole["mooncake"]) == (
@@ -284,6 +284,16 @@ def test_a_mooncake_on_tent_that_a_probe_would_end_and_one_with_the_fix(
     assert (line["mark"], report.line("Mooncake")["mark"]) == (mark, "ok")
     assert line["do"].startswith("unset MC_USE_TENT and MC_USE_TEV1")
     assert report.verdict.startswith(verdict)
+
+
+def test_a_queue_that_a_burst_overflows(sound: Environment) -> None:
+    tcp = {"MC_FORCE_TCP": "1", "MOONCAKE_PROTOCOL": "tcp"}
+    report = sound.doctor(**tcp, **ON)
+    line = report.line("queue")
+    assert (line["mark"], report.verdict) == ("warning", WILL_PROBE)
+    assert line["do"].startswith("set MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535, or install Mooncake 0.3.14")
+    report = sound.doctor(MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER="65535", **tcp, **ON)
+    assert [line for line in report.lines if line["subject"] == "queue"] == []
 
 
 def test_two_wheels_of_mooncake_over_one_another(made: Make) -> None:

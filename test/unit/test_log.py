@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from sglang.srt.disaggregation.mooncake import session_watch
+from sglang.srt.disaggregation.mooncake import session_probe, session_watch
 from sglang.srt.disaggregation.mooncake.session_watch import Event
 from sglang.srt.observability.failed_session_log import LINES_IN_A_SPELL, SPELL_S, FailedSessionLog
 
@@ -45,6 +45,17 @@ class Story:
 @pytest.fixture
 def story(caplog: pytest.LogCaptureFixture) -> Story:
     return Story(caplog)
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_queue_that_a_burst_can_have_stuck_is_named_as_a_cause_only_where_it_can_be_one(
+    is_short: bool, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_probe, "has_short_queue", lambda: is_short)
+    story.hear(Event.UNREADABLE, D, why="reading its memory gave -1", outage_s=1.06)
+    ((_, line),) = story.lines()
+    assert ("set MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535" in line) == is_short
+    assert line.endswith("and that decode node") != is_short
 
 
 def test_each_event_of_a_session_is_one_line(story: Story) -> None:

@@ -502,6 +502,35 @@ def test_the_wheel_that_import_mooncake_finds_is_named_with_its_version(
     assert session_probe.mooncake_version() == "of unknown version"
 
 
+QUEUE = "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER"
+
+
+@pytest.mark.parametrize(
+    ("variables", "version", "is_short"),
+    [
+        ({"MOONCAKE_PROTOCOL": "tcp"}, "0.3.13.post1", True),
+        ({"MC_FORCE_TCP": "0"}, "0.3.13", True),
+        ({"MOONCAKE_PROTOCOL": "rdma"}, "0.3.13", False),
+        ({"MC_FORCE_TCP": "1"}, "0.3.12", False),
+        ({"MC_FORCE_TCP": "1"}, "0.3.14", False),
+        ({"MC_FORCE_TCP": "1", QUEUE: "65535"}, "0.3.13", False),
+        ({"MC_FORCE_TCP": "1", QUEUE: "8192"}, "0.3.13", False),
+        ({"MC_FORCE_TCP": "1", QUEUE: "2048"}, "0.3.13", True),
+        ({"MC_FORCE_TCP": "1", QUEUE: "65536"}, "0.3.13", True),
+        ({"MC_FORCE_TCP": "1", QUEUE: "many"}, "0.3.13", True),
+    ],
+)
+def test_a_queue_that_a_burst_overflows_is_known(
+    variables: dict[str, str], version: str, is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MOONCAKE_PROTOCOL", "MC_FORCE_TCP", QUEUE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(session_probe, "mooncake_version", lambda: f"mooncake-transfer-engine {version}")
+    assert session_probe.has_short_queue() == is_short
+
+
 # Peers that are there and know no probes, as Mooncake before 0.3.10.post2.
 
 

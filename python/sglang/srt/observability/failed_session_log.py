@@ -6,6 +6,7 @@ When a rack goes, the first sessions are named and the others counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -61,10 +62,11 @@ class FailedSessionLog:
                 logging.WARNING,
                 "sessions that answer but cannot be verified",
                 "Session %s answers probes, but %s, so it stays blacklisted (for %.1f s by now). If it goes on, look "
-                "at the data path between this node and that decode node",
+                "at the data path between this node and that decode node%s",
                 session,
                 details["why"],
                 details["outage_s"],
+                self._other_cause,
             )
         elif event is Event.CUTS_SHORT:
             self._say(
@@ -112,6 +114,15 @@ class FailedSessionLog:
                 session,
                 details["error"],
             )
+
+    @functools.cached_property
+    def _other_cause(self) -> str:
+        if not session_probe.has_short_queue():
+            return ""
+        return (
+            ". It may also be Mooncake's queue to it that is stuck since a burst of more than 1,024 blocks: set "
+            "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535 and start this node anew"
+        )
 
     def probe_raised(self, session: str, error: BaseException) -> None:
         """Says it once a session, until that is let in again or forgotten."""

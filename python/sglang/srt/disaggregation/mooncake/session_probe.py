@@ -13,7 +13,9 @@ import importlib.metadata
 import importlib.util
 import itertools
 import mmap
+import os
 import pathlib
+import re
 import socket
 import threading
 import time
@@ -30,6 +32,7 @@ READS_AT_A_TIME = 4
 READ_BYTES = 8
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
 FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
+_LONG_QUEUE, _LONGEST_QUEUE = 8192, 65535  # blocks
 _NO_ANSWER = -102
 # What ``ask_and_listen`` gives beside the rc of a probe. A live peer, whether it answers or cuts short, takes 1 ms.
 CUT_SHORT = -1000
@@ -60,6 +63,18 @@ def mooncake_version() -> str:
                 distribution = importlib.metadata.Distribution.at(metadata)
                 return f"{distribution.metadata['Name']} {distribution.version}"
     return "of unknown version"
+
+
+def has_short_queue() -> bool:
+    """True if a burst of more than 1,024 blocks overflows Mooncake's queue to a peer, as in 0.3.13 over TCP by default.
+
+    Then it may forget to go on with those that wait, and fail every later transfer to that peer, for good.
+    """
+    over_tcp = os.environ.get("MOONCAKE_PROTOCOL") == "tcp" or "MC_FORCE_TCP" in os.environ
+    # Mooncake takes its default of 1,024 for more than 65,535.
+    longer = re.fullmatch("0*([0-9]{1,5})", os.environ.get("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", ""))
+    is_long = longer is not None and _LONG_QUEUE <= int(longer[1]) <= _LONGEST_QUEUE
+    return over_tcp and not is_long and " 0.3.13" in mooncake_version()
 
 
 def ask(engine: Any, session: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import logging
 import mmap
 import os
 import pathlib
@@ -18,7 +17,7 @@ import signal
 import subprocess
 import sys
 
-_logger = logging.getLogger("sglang.srt.disaggregation.mooncake.conn")
+from sglang_failed_session_probe.harmless_logger import logger
 
 _VARIABLES = ("MC_USE_TENT", "MC_USE_TEV1")
 # The namespace mooncake::tent, as names of symbols and types have it; a build without TENT has it nowhere.
@@ -90,7 +89,7 @@ def why_no_probe() -> str:
 def warn(mooncake: str) -> None:
     """Says at the start of a manager what TENT, which is on, means for its sessions."""
     if why_no_probe():
-        _logger.warning(
+        logger.warning(
             "Mooncake %s runs on TENT, where a probe %s: nothing is probed, so a blacklisted session stays out until "
             "it registers again; unset MC_USE_TENT and MC_USE_TEV1, or install a Mooncake with its PR 4081 "
             "(September 2026)",
@@ -98,7 +97,7 @@ def warn(mooncake: str) -> None:
             why_no_probe(),
         )
     else:
-        _logger.warning(
+        logger.warning(
             "Mooncake %s runs on TENT, whose reads are not safe: no peer's memory is read, and sessions are let in "
             "when they answer probes",
             mooncake,
