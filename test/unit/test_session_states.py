@@ -408,6 +408,18 @@ def test_a_peer_whose_reads_always_wait_is_let_in_after_half_of_interval() -> No
     assert 1.2 + 15.0 <= let_in_at < 1.2 + 15.0 + 1.5
 
 
+def test_reads_that_waited_let_it_in_once_no_bytes_of_the_failed_transfer_can_land_any_more() -> None:
+    """Over RDMA, where Mooncake gives a transfer up after 10 s."""
+    prober = VirtualProber()
+    prober.watch.rules.late_bytes_for_s = 12.0
+    prober.fail(D, peer=Peer(read_takes=0.2))
+    prober.run(20)
+    assert prober.let_in(D) == [(pytest.approx(12.0, abs=1.3), None)]
+    prober.fail(OTHER, peer=Peer(read_takes=15.0))
+    prober.run(20)
+    assert prober.let_in(OTHER) == [(about(20.0 + 1.0 + 15.0), None)], "its reads were pending when the path healed"
+
+
 def test_reads_that_nobody_looked_at_in_time_make_it_settle_once_more_and_no_longer() -> None:
     """A prefill process that is always starved would else keep every peer out for INTERVAL."""
     prober = VirtualProber()

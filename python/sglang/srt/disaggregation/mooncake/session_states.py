@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
@@ -80,6 +81,7 @@ class Rules:
     transfer_timeout_s: float
     verifying: bool
     round_s: float = 0.0  # in so many seconds all sessions can be probed once
+    late_bytes_for_s: float = math.inf  # for so long after a failure bytes of the failed transfer may still land
 
     @property
     def interval_s(self) -> float:
@@ -235,7 +237,7 @@ class Session:
         waited, and not where its reads are always slow: it worked though they had waited to the last.
         """
         may_be_late = verdict is Verdict.READABLE_UNSEEN and self.late_since is None
-        if not (verdict is Verdict.READABLE_LATE or may_be_late):
+        if not (verdict is Verdict.READABLE_LATE or may_be_late) or now >= self.failed_at + self.rules.late_bytes_for_s:
             self.late_since = None
             return False
         if self.late_since is None:
@@ -258,7 +260,7 @@ class Session:
     # Failing open: a peer that answers and cannot be verified is let in all the same, slowly.
 
     def _opens_at(self) -> float:
-        """From then on it is let in unverified: when it has answered for INTERVAL, after each relapse four times as long.
+        """From then on it is let in unverified: it has answered for INTERVAL, after each relapse for four times as long.
 
         Twice as long would let one whose data path is broken lose 17 requests in the first hour if INTERVAL is 5.
         """

@@ -89,7 +89,7 @@ class SessionWatch:
     ) -> None:
         self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
         self.known: dict[Any, Session] = {}
-        self._rules = Rules(settings, jitter, transfer_timeout_s, settings.verify)
+        self.rules = Rules(settings, jitter, transfer_timeout_s, settings.verify)
         self._clock = clock
         self._wake = wake
         self._on_removed = on_removed
@@ -109,7 +109,7 @@ class SessionWatch:
     @property
     def verifying(self) -> bool:
         """True as long as reads are taken for a proof."""
-        return self._rules.verifying
+        return self.rules.verifying
 
     # What the blacklist tells.
 
@@ -119,7 +119,7 @@ class SessionWatch:
         known = self.known.get(session)
         again = known is not None and known.blacklisted
         if known is None or known.is_past(now, self._registration(session)):
-            known = self.known[session] = Session(session, self._rules, now)
+            known = self.known[session] = Session(session, self.rules, now)
         decision = known.failed(now, next(self._generations))
         if not again:
             self._tell(Event.BLACKLISTED, session, relapses=known.relapses)
@@ -172,7 +172,7 @@ class SessionWatch:
         now = self._clock()
         self._places.age(now)
         self._allowance.renew(now, len(self.sessions), LONGEST_ROUND_S)
-        self._rules.round_s = self._allowance.round_s(len(self.sessions))
+        self.rules.round_s = self._allowance.round_s(len(self.sessions))
         calls: list[Call] = []
         for _ in range(BATCH):
             first = self._due.first()
@@ -299,7 +299,7 @@ class SessionWatch:
             case None:
                 self._check_end(known, now)
             case SwitchVerificationOff():
-                self._rules.verifying = False
+                self.rules.verifying = False
                 self._tell(Event.VERIFICATION_OFF, known.id)
                 self._forget(known.id)
 
@@ -358,7 +358,7 @@ class SessionWatch:
         With an idle timeout of days it does so every ten minutes all the same: the entry keeps what is known of a
         session that has registered since.
         """
-        soonest_s, latest_s = self._rules.interval_s, 600.0
+        soonest_s, latest_s = self.rules.interval_s, 600.0
         ends_at = known.ends_at()
         self._due.check_end(known, min(ends_at if now < ends_at else now + soonest_s, now + latest_s))
 
@@ -367,7 +367,7 @@ class SessionWatch:
         if listen:
             known.listen_at = now + LISTEN_AFTER_S
             self._listen_at = now + LISTEN_GAP_S
-        read = known.read_next and self._rules.verifying
+        read = known.read_next and self.rules.verifying
         call = Call(known.id, known.generation, now, read, listen)
         known.probed_at = now
         if read:
