@@ -166,6 +166,15 @@ BREAKS = [
         "",
     ),
     Break(
+        "reads that waited count no more once nothing can land",
+        Session._settles_again,
+        "or now >= self.failed_at + self.rules.late_bytes_for_s",
+        "",
+    ),
+    Break(
+        "the transport is found out", Prober.run, "= _session_probe.late_bytes_for_s()", "= float('inf')", CONN_TESTS
+    ),
+    Break(
         "pause after a failed read",
         Session._pause_s,
         "return min(pause_s, max(least_s, self.rules.interval_s))",
@@ -398,7 +407,7 @@ BREAKS = [
         "[] if stopped else self.watch.take_due(due_by)",
         "self.watch.take_due(due_by)",
     ),
-    Break("stop at exit", conn._register_hooks, "    atexit.register(_stop_probers)\n", ""),
+    Break("stop at exit", conn._register_hooks, "    atexit.register(_stop_probers)\n", "", EXIT_TESTS),
     Break("one hook for all managers", conn._register_hooks, "@functools.cache", "", CONN_TESTS),
     Break(
         "a stopped prober is collected",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import enum
+import gc
 import logging
+import os
 import re
 import socket
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +22,7 @@ from fake_engine import PENDING, REFUSED, Engine, raises, waits_for_a_reply_of
 from managers import (
     ENABLE,
     INTERVAL,
+    NO_MEMORY,
     OTHER,
     SOME_MEMORY,
     D,
@@ -513,6 +518,89 @@ def test_a_second_manager_in_the_same_process_heals_too(make_manager: MakeManage
         assert wait_until(lambda manager=manager: not blacklisted(manager))
         manager.teardown()
         assert not threads("MooncakeFailedSessionProbe")
+
+
+def switch_roles(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, until: Callable[[Any], Any] = lambda manager: not blacklisted(manager)
+) -> weakref.ref[Any]:
+    """A manager that has healed a session, and is torn down and forgotten. Gives what is left of its prober."""
+    monkeypatch.setattr(MooncakeKVManager, "init_engine", lambda self: setattr(self, "engine", engine))
+    manager: Any = MooncakeKVManager(NO_MEMORY, "prefill")
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: until(manager))
+    prober = weakref.ref(manager._failed_session_prober)
+    manager.teardown()
+    return prober
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session is let in on its first answer."""
+    monkeypatch.setenv(ENABLE, "1")
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_hundred_role_switches_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    hooks: list[Any] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook))
+    switch_roles(engine, monkeypatch)
+    exits, running = atexit._ncallbacks(), set(threading.enumerate())
+    probers = [switch_roles(engine, monkeypatch) for _ in range(100)]
+    assert engine.deregistered == [address for address, _ in engine.registered], "a page stays registered"
+    assert len(set(engine.registered)) == 1
+    assert atexit._ncallbacks() == exits
+    assert hooks == []
+    assert wait_until(lambda: set(threading.enumerate()) <= running)
+    gc.collect()
+    assert [prober() for prober in probers] == [None] * 100
+
+
+@pytest.mark.usefixtures("at_once")
+def test_what_role_switches_with_reads_that_are_pending_leave_behind_is_one_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(read=PENDING)
+    probers = [
+        switch_roles(engine, monkeypatch, until=lambda _, reads=4 * number: len(engine.reads) == reads)
+        for number in (1, 2, 3)
+    ]
+    assert len(engine.batches) == 12
+    assert (len(engine.registered), engine.deregistered) == (1, [])
+    gc.collect()
+    assert [prober() for prober in probers] == [None] * 3
+    engine.read = 0
+    switch_roles(engine, monkeypatch)
+    assert len(engine.deregistered) == 1
+    assert not engine.batches, "Mooncake keeps what nobody looks at for good"
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_prober_whose_call_hung_at_its_teardown_is_gone_when_that_has_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine()
+    engine.probe[D] = engine.hang
+    prober = switch_roles(engine, monkeypatch, until=lambda _: engine.asked)
+    gc.collect()
+    assert prober() is not None, "an exit would not see to it"
+    engine.goes_on.set()
+    assert wait_until(lambda: gc.collect() >= 0 and prober() is None)
+
+
+def test_reads_that_are_about_to_end_are_waited_for_at_a_teardown(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conn, "_STOP_GRACE_S", 2.5)  # in place of 0.1 s: however slow the machine
+    monkeypatch.setattr(conn, "_STOP_WITHIN_S", 2.5)
+    engine, manager = with_pending_reads(make_manager)
+    end = threading.Timer(0.05, setattr, (engine, "read", 0))
+    end.start()
+    manager.teardown()
+    end.join()
+    assert len(engine.deregistered) == 1
 
 
 # How a process ends is in test_exit.py.

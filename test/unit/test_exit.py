@@ -211,8 +211,13 @@ def test_an_exit_after_a_teardown_finds_nothing_to_end(exit_of: Callable[[str], 
     assert not end.holds_threads_that_terminate
 
 
-def test_an_exit_sees_to_the_calls_that_a_teardown_could_not_end(exit_of: Callable[[str], Exit]) -> None:
-    end = exit_of("Engine.hangs = staticmethod(futex); run(); manager.teardown(); ended_at = time.monotonic()")
+@pytest.mark.parametrize("forgotten", ["", "del manager; import gc; gc.collect();"], ids=["", "forgotten"])
+def test_an_exit_sees_to_the_calls_that_a_teardown_could_not_end(
+    forgotten: str, exit_of: Callable[[str], Exit]
+) -> None:
+    end = exit_of(
+        f"Engine.hangs = staticmethod(futex); run(); manager.teardown(); {forgotten} ended_at = time.monotonic()"
+    )
     assert end.came_back == 0
     assert end.took_s <= ENDS_WITHIN_S
     assert end.holds_threads_that_terminate, "a thread that a role switch has left aborts the process when it returns"

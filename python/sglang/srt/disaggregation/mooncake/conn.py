@@ -17,6 +17,7 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 # Under names that SGLang's module has not, because it is the same module.
@@ -102,10 +103,6 @@ class _FailedSessionProber:
         self._settings = settings
         self._engine = manager.engine
         self._lock = manager.session_lock
-        # If the probe thread holds session_lock during a fork, the child inherits a lock that nobody will release: make
-        # it anew there.
-        if hasattr(self._lock, "_at_fork_reinit"):
-            os.register_at_fork(after_in_child=self._lock._at_fork_reinit)
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._can_probe = _session_probe.can_probe(manager.engine)
         self._log = _session_log.FailedSessionLog(self._can_probe)
@@ -127,11 +124,12 @@ class _FailedSessionProber:
             registration=lambda session: _registration(manager, session),
             transfer_timeout_s=_transfer_timeout_s(),
         )
+        _probers.add(self)
+        _register_hooks()
 
     def run(self) -> None:
         """The body of the daemon thread; returns when ``shutdown`` is set."""
         self._thread = threading.current_thread()
-        atexit.register(self._stop_at_exit)
         workers = _probe_workers.Workers(_WORKER_THREAD, self._make, self._inbox)
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():
@@ -152,8 +150,7 @@ class _FailedSessionProber:
         except Exception as fault:
             self._say_fault(fault)
         self.metrics.stop()
-        if not self.watch.in_flight():  # else the exit has to see to them
-            atexit.unregister(self._stop_at_exit)
+        self._reader.close()
 
     def _sooner(self, wait_s: Optional[float]) -> Optional[float]:
         """Until there is something to do, or pending reads are to be looked at."""
@@ -161,11 +158,14 @@ class _FailedSessionProber:
         return look_s if wait_s is None else wait_s if look_s is None else min(wait_s, look_s)
 
     def _wind_up(self) -> None:
-        """Hears the calls that are about to return, and ends the others."""
+        """Hears the calls and reads that are about to return, and ends the other calls."""
         began = time.monotonic()
-        while self.watch.in_flight() and time.monotonic() < began + _STOP_WITHIN_S:
+        while (waited_s := time.monotonic() - began) < _STOP_WITHIN_S:
+            in_grace = waited_s < _STOP_GRACE_S
+            if not self.watch.in_flight() and not (in_grace and self._pending.next_look_in() is not None):
+                break
             with contextlib.suppress(Exception):
-                if time.monotonic() >= began + _STOP_GRACE_S:
+                if not in_grace:
                     _end_calls(self.watch.under_way())
                 self._hand_over(self._inbox, 0.01)
 
@@ -182,7 +182,8 @@ class _FailedSessionProber:
         if self._thread is not None:
             self._thread.join(timeout=_STOP_WITHIN_S + 0.1)
 
-    def _stop_at_exit(self) -> None:
+    def stop_at_exit(self) -> None:
+        """As ``stop``, and sees to it that a call which cannot be ended does not abort the process."""
         try:
             self.stop()
         finally:  # a signal handler may raise meanwhile
@@ -301,6 +302,30 @@ class _FailedSessionProber:
         self.metrics.show(len(self.watch.sessions), self.watch.in_flight())
         self._log.stuck(self.watch.in_flight(), self.watch.most_in_flight())
         self._log.sum_up()
+
+
+# Somebody refers to each of these, or a thread of its runs or hangs.
+_probers: weakref.WeakSet[_FailedSessionProber] = weakref.WeakSet()
+
+
+def _stop_probers() -> None:
+    for prober in list(_probers):
+        prober.stop_at_exit()
+
+
+def _free_locks() -> None:
+    """If a probe thread holds session_lock during a fork, the child inherits a lock that nobody will release: makes it
+    anew there.
+    """
+    for prober in list(_probers):
+        if hasattr(prober._lock, "_at_fork_reinit"):
+            prober._lock._at_fork_reinit()
+
+
+@functools.cache  # once in a process: neither kind of hook can be taken back without a trace
+def _register_hooks() -> None:
+    atexit.register(_stop_probers)
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 def _counted_as(verdict: _session_states.Verdict) -> str:

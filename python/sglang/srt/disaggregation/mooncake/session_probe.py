@@ -19,8 +19,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Optional
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Optional
 
 from sglang.srt.disaggregation.mooncake import tent_probe
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
@@ -126,6 +126,8 @@ class Reads:
         self._verdict: Optional[Verdict] = None
         self._late = False
         self.why = ""
+        self.begun = True  # False while they are being begun
+        self.unsure = False  # whether each has ended: the engine gave what it never gives
 
     @classmethod
     def decided(cls, verdict: Verdict, why: str = "") -> Reads:
@@ -171,14 +173,17 @@ class Reads:
         try:
             status = self._check_status(batch)
         except BaseException as error:  # an engine may raise anything
+            self.unsure = True
             self.failed(f"reading its memory raised {printable_repr(error)}")
             return True
         if type(status) is int and status in (0, 1):
             return status == 1
         self.failed(f"reading its memory gave {printable_repr(status)}")
+        self.unsure |= status not in (_FAILED, _TIMED_OUT)
         return bool(status != _TIMED_OUT)
 
 
+_FAILED = -1
 # Mooncake has given such a batch up and still holds it.
 _TIMED_OUT = -2
 
@@ -205,8 +210,9 @@ class MemoryReader:
         self._registration = registration
         self._page_refused = page_refused
         self._clock = clock
-        self._scratch: Optional[int] = None
-        self._scratch_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._page: Optional[_Page] = None
+        self._closed = False
         self._refused_at = -self._REGISTER_AGAIN_S
         self._refused_why = ""
 
@@ -225,21 +231,26 @@ class MemoryReader:
         address = self._address_of(session)
         if address is None or not (can_begin or read_now):
             return Reads.decided(Verdict.CANNOT_TELL)
-        scratch = self._scratch_address()
+        reads = Reads(check_status or (lambda batch: None))
+        reads.begun = False
+        scratch = self._scratch_for(reads)
         if scratch is None:
             return Reads.decided(Verdict.CANNOT_TELL, self._refused_why)
         if begin_read is None or check_status is None:
             assert read_now is not None
-            return _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
-        reads = Reads(check_status)
+            done = _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
+            reads.begun, reads.unsure = True, done.look() is Verdict.UNREADABLE
+            return done
         for _ in range(READS_AT_A_TIME):
             began = self._clock()
             try:
                 batch = begin_read(session, [scratch], [address], [READ_BYTES])
             except BaseException as error:  # an engine may raise anything
+                reads.unsure = True
                 reads.failed(f"reading its memory raised {printable_repr(error)}")
                 break
             if type(batch) is not int or batch == 0:
+                reads.unsure |= batch != 0
                 reads.failed(
                     "reading its memory was refused"
                     if batch == 0
@@ -250,7 +261,16 @@ class MemoryReader:
             if self._clock() >= began + self._BLOCKS_FROM_S:
                 reads.waited()
                 break
+        reads.begun = True
         return reads
+
+    def close(self) -> None:
+        """Begins no more reads, and takes the registration of the page back unless a read may still write there."""
+        with self._lock:
+            self._closed = True
+            page, self._page = self._page, None
+        if page is not None:
+            page.leave(mooncake_engine(self._engine))
 
     def _address_of(self, session: str) -> Optional[int]:
         with contextlib.suppress(Exception):  # addresses of a kind that we do not know
@@ -261,22 +281,29 @@ class MemoryReader:
                     return int(addresses[0])
         return None
 
-    def _scratch_address(self) -> Optional[int]:
-        with self._scratch_lock:
-            if self._scratch is None and self._clock() >= self._refused_at + self._REGISTER_AGAIN_S:
+    def _scratch_for(self, reads: Reads) -> Optional[int]:
+        with self._lock:
+            may_register = not self._closed and self._clock() >= self._refused_at + self._REGISTER_AGAIN_S
+            if self._page is None and may_register:
                 self._register_page()
-            return self._scratch
+            if self._page is None:
+                return None
+            self._page.add(reads)
+            return self._page.address
 
     def _register_page(self) -> None:
         was_refused = bool(self._refused_why)
+        mooncake = mooncake_engine(self._engine)
         try:
-            page = mmap.mmap(-1, mmap.PAGESIZE)
-            address = ctypes.addressof(ctypes.c_char.from_buffer(page))
-            rc = mooncake_engine(self._engine).register_memory(address, mmap.PAGESIZE)
-            if rc == 0:
-                _kept_pages.append(page)
-                self._scratch = address
+            self._page = _Page.left_at(mooncake)
+            if self._page is not None:
                 return
+            page = _Page.spare.pop() if _Page.spare else _Page()
+            rc = mooncake.register_memory(page.address, mmap.PAGESIZE)
+            if rc == 0:
+                self._page = page
+                return
+            _Page.spare.append(page)
             self._refused_why = f"Mooncake gave {printable_repr(rc)} when it was to register a page to read into"
         except BaseException as error:  # an engine may raise anything
             self._refused_why = f"Mooncake raised {printable_repr(error)} when it was to register a page to read into"
@@ -299,7 +326,55 @@ def _read_one_by_one(read: Callable[[], Any]) -> Reads:
     return Reads.decided(Verdict.READABLE_LATE if late else Verdict.READABLE)
 
 
-_kept_pages: list[mmap.mmap] = []  # as long as the process: a read that is pending may still write there
+class _Page:
+    """Memory that is registered at one engine to read into. It stays as long as the process, because what is taken
+    for over may still write there; the next reader gets it.
+    """
+
+    spare: ClassVar[list[_Page]] = []
+    # Still registered: their readers were closed, and reads may write there.
+    _left: ClassVar[list[tuple[Any, _Page]]] = []
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._reads: list[Reads] = []  # those that have not ended, and some that have
+        self._abandoned: list[Reads] = []  # those of earlier readers
+        self._look_at = 16
+        self._unsure = False
+
+    @classmethod
+    def left_at(cls, mooncake: Any) -> Optional[_Page]:
+        """The page that an earlier reader has left registered at the engine."""
+        for place, (engine, page) in enumerate(cls._left):
+            if engine is mooncake:
+                del cls._left[place]
+                return page
+        return None
+
+    def add(self, reads: Reads) -> None:
+        """Reads that will write here."""
+        self._reads.append(reads)
+        if len(self._reads) >= self._look_at:
+            self._forget_ended()
+            self._look_at = max(16, 2 * len(self._reads))
+
+    def leave(self, mooncake: Any) -> None:
+        """Has the engine forget the page, if no read may write here any more."""
+        for reads in self._abandoned:  # which nobody else looks at
+            reads.look()
+        self._reads += self._abandoned
+        self._forget_ended()
+        self._abandoned, self._reads = self._reads, []
+        with contextlib.suppress(BaseException):  # an engine may raise anything, and need not have the method
+            if not self._abandoned and not self._unsure and mooncake.unregister_memory(self.address) == 0:
+                self.spare.append(self)
+                return
+        self._left.append((mooncake, self))
+
+    def _forget_ended(self) -> None:
+        self._unsure |= any(reads.unsure for reads in self._reads)
+        self._reads = [reads for reads in self._reads if not (reads.begun and reads.have_ended())]
 
 
 class PendingReads:
