@@ -260,7 +260,7 @@ class Session:
     # Failing open: a peer that answers and cannot be verified is let in all the same, slowly.
 
     def _opens_at(self) -> float:
-        """From then on it is let in unverified: it has answered for INTERVAL, after each relapse for four times as long.
+        """From then on it is let in unverified: it has answered for INTERVAL, after a relapse for four times as long.
 
         Twice as long would let one whose data path is broken lose 17 requests in the first hour if INTERVAL is 5.
         """
