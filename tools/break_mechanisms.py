@@ -31,9 +31,9 @@ from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
 from sglang.srt.observability import failed_session_metrics as metrics
 from sglang.srt.observability.failed_session_log import FailedSessionLog
 from sglang.srt.observability.failed_session_metrics import FailedSessionMetrics
-from sglang_failed_session_probe import patch
+from sglang_failed_session_probe import harmless_logger, patch, status
 from sglang_failed_session_probe.harmless_logger import HarmlessLogger
-from sglang_failed_session_probe.printable import printable_repr
+from sglang_failed_session_probe.printable import printable, printable_repr
 
 COPIED = ("python", "test", "tools", "pyproject.toml")
 # The rules of the bench are no test of a mechanism, and the bench is not copied; this file's own test is none either.
@@ -44,6 +44,7 @@ CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG
     for name in ("conn", "exit", "metrics", "log", "patch", "session_probe", "hung_call", "probe_workers")
 )
 TENT_TESTS = f"{UNIT}/test_tent_probe.py"
+STATUS_TESTS = "test/commands/test_status.py"
 DEADLINE_S = 600.0
 
 
@@ -526,6 +527,25 @@ BREAKS = [
         "except BaseException as fault:",
         "except ZeroDivisionError as fault:",
         CONN_TESTS,
+    ),
+    Break("what is logged is escaped", HarmlessLogger.log, "*map(_shown, arguments)", "*arguments", LOG_TESTS),
+    Break("what is not printable is escaped", printable, "cut.isprintable()", "True", LOG_TESTS),
+    Break("what is long is cut", printable, "text[:most]", "text", LOG_TESTS),
+    Break("a forged line in a traceback is set in", harmless_logger._shown, '"\\n  ".join', '"\\n".join', LOG_TESTS),
+    Break("labels break no table", status._row, "printable(probes, _LONGEST_CELL)", "probes", STATUS_TESTS),
+    Break(
+        "no number beyond counting",
+        status._whole,
+        "abs(value) < _BEYOND_COUNTING",
+        "math.isfinite(value)",
+        STATUS_TESTS,
+    ),
+    Break(
+        "another service is not taken for none",
+        status._read,
+        "        if answers:\n",
+        "        if False:\n",
+        STATUS_TESTS,
     ),
     Break(
         "a signal is heard while a line is logged",

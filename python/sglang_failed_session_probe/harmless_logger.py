@@ -1,4 +1,4 @@
-"""How is a line logged so that a logging filter or handler that raises stops nothing of SGLang's or ours?"""
+"""How is a line logged so that neither what it tells of nor a logging filter or handler that raises does harm?"""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ import logging
 import threading
 from typing import Any
 
+from sglang_failed_session_probe.printable import printable, printable_repr
+
+
+def _shown(argument: object) -> object:
+    if isinstance(argument, (int, float)):
+        return argument
+    if isinstance(argument, list):
+        return "\n  ".join(map(printable, argument))  # set in: no line of it looks like one of the log
+    return printable(argument) if isinstance(argument, str) else printable_repr(argument)
+
 
 class HarmlessLogger:
-    """Logs under a name, and raises nothing. Any thread."""
+    """Logs under a name, and raises nothing. Any thread.
+
+    All arguments but numbers are for ``%s``: a text is shown as ``printable``, a list of lines one below the other, and
+    anything else as ``printable_repr``.
+    """
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
@@ -17,7 +31,7 @@ class HarmlessLogger:
     def log(self, level: int, text: str, *arguments: object, **options: Any) -> None:
         """Logs the line if it can be logged."""
         try:
-            self._logger.log(level, text, *arguments, stacklevel=2, **options)
+            self._logger.log(level, text, *map(_shown, arguments), stacklevel=2, **options)
         except BaseException as fault:
             if not isinstance(fault, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # a Ctrl-C, or a signal handler that exits

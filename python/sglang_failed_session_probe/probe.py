@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
 from sglang_failed_session_probe.own_files import source_folder
+from sglang_failed_session_probe.printable import printable, printable_repr
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.mooncake.session_states import Verdict
@@ -164,7 +165,9 @@ def _verify(aside: _Aside, engine: Any, session: str, address: int) -> bool:
     from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
     # Reads whose packets are dropped are pending: they are given up as Mooncake gives up a transfer.
-    ends_within_s = float(os.environ.get("MC_TRANSFER_TIMEOUT") or 30.0)
+    ends_within_s = 30.0
+    with contextlib.suppress(ValueError):  # as Mooncake, which takes its default then
+        ends_within_s = float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
     reader = MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
 
     def read() -> tuple[Any, str]:
@@ -258,11 +261,15 @@ def _engine_towards(session: str, protocol: str) -> Any:
     try:
         engine = MooncakeTransferEngine(_own_address(session))
     except ModuleNotFoundError as error:
-        raise _CannotProbe(NOT_INSTALLED if (error.name or "").startswith("mooncake") else str(error)) from error
+        raise _CannotProbe(
+            NOT_INSTALLED if (error.name or "").startswith("mooncake") else printable(str(error))
+        ) from error
     except ImportError as error:
-        raise _CannotProbe(f"Mooncake cannot be imported: {error}") from error
+        raise _CannotProbe(f"Mooncake cannot be imported: {printable(str(error))}") from error
     except RuntimeError as error:
-        raise _CannotProbe(f"{error} --verbose shows its log; --protocol tcp needs no device") from error
+        raise _CannotProbe(
+            f"{printable(str(error))} --verbose shows its log; --protocol tcp needs no device"
+        ) from error
     if not session_probe.can_probe(engine):
         raise _CannotProbe(
             f"{session_probe.mooncake_version()} cannot probe: install Mooncake "
@@ -307,7 +314,7 @@ def _session(text: str) -> str:
 
     if not is_session_id(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a host and a port from 1 to 65535, as in 10.0.3.7:15412 or [fd00::7]:15412"
+            f"{printable_repr(text)} is not a host and a port from 1 to 65535, as in 10.0.3.7:15412 or [fd00::7]:15412"
         )
     return text
 
@@ -327,5 +334,5 @@ def _whole_number(text: str, base: int, most: int, allowed: str) -> int:
     except ValueError:
         number = 0
     if not 0 < number <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        raise argparse.ArgumentTypeError(f"{printable_repr(text)} is not {allowed}")
     return number

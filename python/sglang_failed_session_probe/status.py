@@ -10,12 +10,15 @@ import http.client
 import json
 import math
 import os
+import ssl
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Optional
+
+from sglang_failed_session_probe.printable import printable, printable_repr
 
 DEFAULT_URL = "http://127.0.0.1:30000/metrics"
 DEADLINE_S = 5.0
@@ -28,6 +31,8 @@ _PROBES = f"{_OURS}_probes_total"
 _OUTAGE = f"{_OURS}_outage_duration_seconds"
 _SWITCH_ON = "set SGLANG_ENABLE_FAILED_SESSION_PROBE=1 there, and ask `sglang-failed-session-probe doctor`"
 _RED, _YELLOW = 31, 33
+_LONGEST_CELL = 200
+_BEYOND_COUNTING = 1e15
 
 
 @dataclasses.dataclass
@@ -116,10 +121,20 @@ def _read(url: str) -> Node:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             return _silent(url)
-        why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        why = _in_words(getattr(reason, "strerror", None) or reason)
+        answers = isinstance(reason, (http.client.HTTPException, ssl.SSLError)) and not isinstance(
+            reason, http.client.RemoteDisconnected
+        )
+        if answers:
+            protocol = url.partition(":")[0].upper()
+            return Node(url, stuck=f"what answers there does not speak {protocol} ({why}): is this the right port?")
         return Node(url, stuck=f"no answer ({why}): is the node up, is this the right port?")
     except Exception as error:  # the parser raises all kinds
-        return Node(url, stuck=f"no page of metrics ({' '.join(str(error).split())}): is this SGLang's /metrics?")
+        return Node(url, stuck=f"no page of metrics ({_in_words(error)}): is this SGLang's /metrics?")
+
+
+def _in_words(reason: object) -> str:
+    return printable(" ".join(str(reason).split()), _LONGEST_CELL) or type(reason).__name__
 
 
 def _page(url: str) -> str:
@@ -132,7 +147,7 @@ def _node(url: str, page: str) -> Node:
     """What a page of metrics says. Raises whatever the parser does if it is none."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    ours = "".join(line + "\n" for line in page.splitlines() if _OURS in line)
+    ours = "".join(line + "\n" for line in page.split("\n") if _OURS in line)
     totals: dict[str, float] = collections.defaultdict(float)
     probes: dict[str, float] = collections.defaultdict(float)
     buckets: dict[float, float] = collections.defaultdict(float)
@@ -142,7 +157,9 @@ def _node(url: str, page: str) -> Node:
             if sample.name == _PROBES:
                 probes[sample.labels.get("result", "")] += sample.value
             elif sample.name == f"{_OUTAGE}_bucket":
-                buckets[float(sample.labels["le"])] += sample.value
+                bound = float(sample.labels["le"])
+                if bound < _BEYOND_COUNTING or bound == math.inf:
+                    buckets[bound] += sample.value
 
     def number(name: str) -> Optional[int]:
         return _whole(totals.get(f"{_OURS}{name}"))
@@ -167,7 +184,7 @@ def _node(url: str, page: str) -> Node:
 
 def _what_is_missing(page: str, totals: dict[str, float]) -> str:
     if f"{_OURS}s_blacklisted" in totals:
-        return f"{_OURS}s_blacklisted is not a number: its metrics are broken"
+        return f"{_OURS}s_blacklisted is not a number of sessions: its metrics are broken"
     if totals:
         return f"only SGLang's own counter, this probe is off or this is no prefill node: {_SWITCH_ON}"
     if "sglang:" in page:
@@ -176,7 +193,7 @@ def _what_is_missing(page: str, totals: dict[str, float]) -> str:
 
 
 def _whole(value: Optional[float]) -> Optional[int]:
-    return round(value) if value is not None and math.isfinite(value) else None
+    return round(value) if value is not None and abs(value) < _BEYOND_COUNTING else None
 
 
 def _median(buckets: dict[float, float]) -> Optional[float]:
@@ -279,14 +296,14 @@ def _row(node: Node) -> tuple[str, ...]:
     outage = f"~{node.median_outage_s:.1f} s of {node.outages}" if node.median_outage_s is not None else "-"
     probes = ", ".join(f"{count} {result}" for result, count in node.probes.items() if count) or "-"
     return (
-        node.url.removeprefix("http://").removesuffix("/metrics"),
+        printable(node.url.removeprefix("http://").removesuffix("/metrics"), _LONGEST_CELL),
         number(node.blacklisted),
         number(node.recoveries),
         number(node.blacklistings),
         number(node.drops),
         f"{number(node.in_flight)}/{number(node.limit)}",
         outage,
-        probes,
+        printable(probes, _LONGEST_CELL),
         node.stuck,
     )
 
@@ -304,11 +321,17 @@ def _coloured(state: str, node: Optional[Node]) -> str:
 def _url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        good = (
+            text.isprintable()
+            and " " not in text
+            and parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+        )
     except ValueError:
         good = False
     if not good:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a URL as in http://prefill:30000")
+        raise argparse.ArgumentTypeError(f"{printable_repr(text)} is not a URL as in http://prefill:30000")
     return text if parts.path.strip("/") else urllib.parse.urlunsplit(parts._replace(path="/metrics"))
 
 
@@ -318,5 +341,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = math.nan
     if not APART_S <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from {APART_S:g} to 86400")
+        raise argparse.ArgumentTypeError(f"{printable_repr(text)} is not a number of seconds from {APART_S:g} to 86400")
     return seconds

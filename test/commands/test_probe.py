@@ -68,7 +68,8 @@ def test_a_node_that_dies_between_two_probes_makes_the_command_fail(decode: Node
 
 def test_reading_its_memory_says_that_transfers_work(decode: Node) -> None:
     for address in (hex(decode.address), str(decode.address)):
-        status, output, errors = run("probe", decode.session, "--verify", address, "--protocol", "tcp")
+        verify = ("probe", decode.session, "--verify", address, "--protocol", "tcp")
+        status, output, errors = run(*verify, MC_TRANSFER_TIMEOUT="nonsense")
         assert (status, errors) == (0, "")
         assert "transfers work: 4 reads" in output
 
@@ -179,6 +180,28 @@ def test_a_mooncake_that_cannot_be_loaded_gets_one_line_with_the_reason(tmp_path
     assert (status, output) == (1, "")
     (line,) = errors.splitlines()
     assert "libibverbs.so.1" in line
+
+
+def test_what_an_import_says_is_told_in_one_line_whatever_it_is(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mooncake.py").write_text(r"raise ImportError('a\n' + '\x1b[31m' + 'b' * 100_000)")
+    status, output, errors = run("probe", "127.0.0.1:1", in_front=tmp_path)
+    assert (status, output) == (1, "")
+    (line,) = errors.splitlines()
+    assert r"cannot be imported: a\n\x1b[31mbbb" in line
+    assert line.isprintable()
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a\n\x1b[31m:1"], ["a" * 100_000], ["a:1", "--count", "1" * 5000], ["a:1", "--verify", "0x" + "f" * 5000]],
+)
+def test_an_argument_that_is_wrong_is_said_in_one_line(arguments: list[str]) -> None:
+    status, output, errors = run("probe", *arguments)
+    assert (status, output) == (2, "")
+    (line,) = errors.splitlines()
+    assert line.isprintable()
+    assert len(line) < 1000
 
 
 def test_an_old_mooncake_gets_one_line_with_the_version_that_can() -> None:

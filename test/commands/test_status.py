@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import re
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -170,6 +172,84 @@ def test_a_node_that_cannot_be_read_gets_a_row_that_says_what_to_do(case: str) -
     _, first, second = output.splitlines()
     assert words in first
     assert second.endswith("nothing is blacklisted"), "one unreadable node hides another"
+
+
+@contextlib.contextmanager
+def banner(first_line: bytes) -> Iterator[str]:
+    """``host:port`` of a server that is not asked before it says who it is, and says no more."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(first_line)
+            self.request.recv(65536)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "first_line", "words"),
+    [
+        ("http", b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak HTTP (SSH-2.0-OpenSSH_9.2p1): is this the right port?"),
+        ("http", b"\x1b[31mred\x1b[2K\rgreen\n", r"does not speak HTTP (\x1b[31mred\x1b[2K green)"),
+        ("http", b"HTTP/7 200 OK\r\n\r\n", "does not speak HTTP (HTTP/7)"),
+        ("http", b"a" * 60_000 + b"\r\n", "does not speak HTTP (aaa"),
+        ("https", b"HTTP/1.0 400 Bad Request\r\n\r\n", "does not speak HTTPS ("),
+    ],
+    ids=["SSH", "control characters", "another HTTP", "long", "HTTP for HTTPS"],
+)
+def test_another_service_on_that_port_is_not_taken_for_none(scheme: str, first_line: bytes, words: str) -> None:
+    with banner(first_line) as other:
+        status, output, errors = run("status", *urls(f"{scheme}://{other}"))
+    assert (status, errors) == (1, "")
+    _, row = output.splitlines()
+    assert words in row
+    assert row.isprintable()
+    assert len(row) < 500
+
+
+STRANGE = {
+    "a line feed": 'sglang:failed_session_probes_total{result="a\\nb"} 3\n',
+    "control characters": 'sglang:failed_session_probes_total{result="\x1b[31m\x7f\u202e"} 3\n',
+    "a long label": f'sglang:failed_session_probes_total{{result="{"a" * 100_000}"}} 3\n',
+    "many labels": "".join(f'sglang:failed_session_probes_total{{result="{n}"}} 3\n' for n in range(5000)),
+    "numbers beyond counting": NATIVE.replace("4.0", "1e300") + "sglang:failed_session_drops_total -1e300\n",
+    "a line separator": 'sglang:failed_session_probes_total{result="a\u2028b"} 3\n',
+    "infinity": "sglang:failed_session_recoveries_total +Inf\n",
+    "an outage beyond counting": 'sglang:failed_session_outage_duration_seconds_bucket{le="1e300"} 3\n'
+    'sglang:failed_session_outage_duration_seconds_bucket{le="+Inf"} 4\n',
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_what_a_page_says_breaks_no_table(case: str) -> None:
+    with node("sglang:failed_sessions_blacklisted 0\n" + STRANGE[case]) as strange, node(Prefill().page) as healthy:
+        _, output, errors = run("status", *urls(strange, healthy))
+        _, as_json, _ = run("status", "--json", *urls(strange, healthy))
+    assert errors == ""
+    lines = output.split("\n")
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
+    assert max(map(len, lines)) < 500
+    assert "nothing is blacklisted" in lines[1]
+    assert not re.search(r"\d{20}", output + as_json), "hundreds of digits"
+    assert [len(json.loads(as_json)), as_json.count("\n")] == [2, 1]
+
+
+@pytest.mark.parametrize("url", ["http://a b:1", "http://a:1/\x1b[31m", "http://" + "a" * 100_000 + ":x", "ftp://a"])
+def test_a_url_that_is_none_is_said_in_one_line(url: str) -> None:
+    status, _, errors = run("status", "--url", url)
+    assert status == 2
+    (line,) = errors.splitlines()
+    assert "is not a URL" in line
+    assert line.isprintable()
+    assert len(line) < 1000
 
 
 def test_dead_and_silent_nodes_hold_nobody_up() -> None:

@@ -103,6 +103,48 @@ def test_each_event_of_a_session_is_one_line(story: Story) -> None:
     ]
 
 
+FORGED = "x\n[2026-11-28 06:00:00] INFO Session decode:7001 recovered via probe; un-blacklisted"
+EVIL = [
+    FORGED,
+    "x\r\x1b[2K\x1b[31mred",
+    "a\u2028b\u202egnp.exe\x00\x7f",
+    "\udcff:1",
+    "a" * 100_000,
+    "a" * 100_000 + ":7001",
+    ("tuple\n",),
+]
+
+
+@pytest.mark.parametrize("text", EVIL, ids=range(len(EVIL)))
+def test_what_comes_from_outside_can_neither_forge_a_line_nor_reach_a_terminal(text: Any, story: Story) -> None:
+    story.blacklist(text)
+    story.hear(Event.UNREADABLE, text, why=text, outage_s=1.06)
+    story.hear(Event.CUTS_SHORT, text, outage_s=10.26)
+    story.let_in(text, unverified=text)
+    story.hear(Event.HELD, text, hold_s=1.0, relapses=1)
+    story.hear(Event.DROPPED, text, idle_s=600.2, outage_s=650.04, refused=7)
+    story.hear(Event.MALFORMED, text)
+    story.hear(Event.VERIFICATION_OFF, text)
+    story.hear(Event.FAULT, text, error=f"Traceback:\nValueError: {text}")
+    story.log.probe_raised(text, RuntimeError(text))
+    story.log.page_refused(str(text))
+    lines = story.lines()
+    assert len(lines) >= 11
+    for _, said in lines:
+        first, *others = said.split("\n")
+        assert first.isprintable()
+        assert all(line.isprintable() for line in others)
+        assert all(line.startswith(("Traceback", "  ")) for line in others), "a line that nobody has logged"
+        assert len(said) < 2000, "whoever registers such an id fills the disk"
+
+
+def test_a_session_id_with_the_longest_host_is_told_whole(story: Story) -> None:
+    session = "d" * 253 + ":65535"
+    story.let_in(session)
+    ((_, line),) = story.lines()
+    assert line.startswith(f"Session {session} recovered via probe; un-blacklisted (")
+
+
 def test_a_session_that_is_let_in_without_proof_is_told_with_the_reason(story: Story) -> None:
     story.let_in(D, unverified="reading its memory gave -1")
     (_, recovered), (level, why) = story.lines()

@@ -15,6 +15,7 @@ from typing import Any
 from sglang.srt.disaggregation.mooncake import session_probe, session_watch
 from sglang.srt.disaggregation.mooncake.session_watch import Event
 from sglang_failed_session_probe.harmless_logger import logger
+from sglang_failed_session_probe.printable import printable_repr
 
 # Lines of a kind that are said in a spell, enough for a decode instance of two nodes; the others are summed up in one.
 LINES_IN_A_SPELL = 20
@@ -101,7 +102,10 @@ class FailedSessionLog:
                 details["refused"],
             )
         elif event is Event.MALFORMED:
-            logger.warning("Session id %r is not host:port with a port from 1 to 65535: it is never probed", session)
+            logger.warning(
+                "Session id %s is not host:port with a port from 1 to 65535: it is never probed",
+                printable_repr(session),
+            )
         elif event is Event.VERIFICATION_OFF:
             logger.warning(
                 "Session %s works though its memory cannot be read: reads prove nothing on this transport, "
@@ -112,7 +116,7 @@ class FailedSessionLog:
             logger.error(
                 "Failed-session probe: a fault of its own at session %s, said once; SGLang is not affected\n%s",
                 session,
-                details["error"],
+                details["error"].splitlines(),
             )
 
     @functools.cached_property
@@ -132,7 +136,7 @@ class FailedSessionLog:
         self._say(
             logging.WARNING,
             "sessions whose probes raise",
-            "Probing session %s raised %r (said once); it is asked again",
+            "Probing session %s raised %s (said once); it is asked again",
             session,
             error,
         )

@@ -418,7 +418,7 @@ def _run_bare_pass(manager: Any) -> None:
             unasked.lost(answer.call)
             unasked.sessions.discard(session)
             if answer.error is not None:
-                _probe_logger.warning("Probing session %s raised %r", session, answer.error)
+                _probe_logger.warning("Probing session %s raised %s", session, answer.error)
             with manager.session_lock:
                 is_same = failures.get(session) is counts[session]
                 back = answer.rc == 0 and session in manager.failed_sessions and is_same
@@ -469,7 +469,9 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
     native = hasattr(manager, "_failed_session_probe_shutdown")
     mooncake = _session_probe.mooncake_version()
     prober = _prober_of(manager)
-    _probe_logger.info("Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, settings)
+    _probe_logger.info(
+        "Failed-session probe is active: SGLang %s, Mooncake %s, %s", sglang_version, mooncake, str(settings)
+    )
     if not _session_probe.has_send_probe(manager.engine):
         _probe_logger.warning(
             "Mooncake %s cannot probe, so a blacklisted session stays out until it registers again; "
