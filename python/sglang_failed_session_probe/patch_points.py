@@ -1,7 +1,8 @@
 """Does the patch fit this SGLang? Reads the files of an unedited release; imports neither SGLang nor what it needs.
 
 What the patch refuses at run time with an ERROR line is ``missing`` here, in the same words, where the code leaves no
-doubt. ``doubts`` are the rest: what it refuses or does not see at run time, such as a use without the lock.
+doubt. ``doubts`` are the rest. How each place uses the blacklist, and whether with the lock held, is not looked at: the
+tests on every stock release see that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Optional
 
 from sglang_failed_session_probe.own_files import source_folder
@@ -27,33 +28,11 @@ _ENGINE_CLASS = "MooncakeTransferEngine"
 _ROLE = "disaggregation_mode"
 _BLACKLIST = "failed_sessions"
 _LOCK = "session_lock"
-_SECOND_ATTRIBUTE = "another attribute is the same set"
 _FIELD_TYPES = ("EnvBool", "EnvFloat", "EnvInt")
 
 _WRITERS = frozenset(
     name for name in dir(set) if name in ("add", "discard", "remove", "clear", "pop") or "update" in name
 )
-# They make something new of the set, or only look at it.
-_LOOKS = frozenset(
-    {"list", "set", "sorted", "tuple", "frozenset", "dict", "len", "bool", "any", "all", "min", "max", "sum"}
-    | {"str", "repr", "isinstance", "type", "id", "print", "enumerate", "filter", "map", "reversed"}
-)
-_LOOKING_NODES = (
-    ast.Compare,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.FormattedValue,
-    ast.Starred,
-    ast.Subscript,
-    ast.Expr,
-    ast.AugAssign,
-    ast.Assert,
-    ast.If,
-    ast.While,
-    ast.For,
-    ast.comprehension,
-)
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
@@ -121,103 +100,37 @@ def examine(folder: pathlib.Path) -> PatchPoints:
 # Reading files.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Assignment:
-    """``self.name = value`` in a method."""
+class _Attributes(ast.NodeVisitor):
+    """What the methods of a class do with attributes of ``self``, without what only a DECODE manager does."""
 
-    owner: str
-    name: str
-    value: ast.expr
-    function: str
-    line: int
-    prefill: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Use:
-    """A place where the blacklist is used; ``kept`` says how it gets a second name, empty if it does not.
-
-    ``of_self`` is the class whose own attribute it is there, empty for that of another object.
-    """
-
-    of_self: str
-    function: str
-    line: int
-    locked: bool
-    writer: str
-    kept: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-    """A place where a method is called, or handed on to be called later."""
-
-    name: str
-    function: str
-    called: bool
-    locked: bool
-
-
-class _File(ast.NodeVisitor):
-    """What one file says: who assigns an attribute, who uses the blacklist, and whether with the lock held."""
-
-    def __init__(self, path: pathlib.Path, tree: ast.Module) -> None:
-        self.path = path
-        self.assignments: list[_Assignment] = []
-        self.uses: list[_Use] = []
-        self.references: list[_Reference] = []
-        self.handles_lock: set[str] = set()
-        self._above: list[ast.AST] = []
-        self._owner = ""
+    def __init__(self, node: ast.ClassDef) -> None:
+        self.made: dict[str, ast.expr] = {}  # by name: the first value that is assigned
+        self.writes: list[tuple[str, str, int]] = []  # of the blacklist: the set's method, ours, the line
+        self.has_second_name = False  # given to the blacklist by the constructor
         self._function = ""
-        self._locked = False
-        self._prefill = True
-        self.visit(tree)
-
-    def visit(self, node: ast.AST) -> None:
-        self._above.append(node)
-        super().visit(node)
-        self._above.pop()
-
-    def _visit_all(self, nodes: list[ast.stmt], locked: bool, prefill: bool) -> None:
-        before = self._locked, self._prefill
-        self._locked, self._prefill = locked, prefill
-        for node in nodes:
-            self.visit(node)
-        self._locked, self._prefill = before
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        before, self._owner = self._owner, node.name
-        self.generic_visit(node)
-        self._owner = before
+        for statement in node.body:
+            self.visit(statement)
 
     def visit_FunctionDef(self, node: Function) -> None:
         before = self._function
         self._function = f"{before}.{node.name}" if before else node.name
-        self._visit_all(node.body, False, self._prefill)
+        self.generic_visit(node)
         self._function = before
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
-    def visit_With(self, node: ast.With) -> None:
-        for item in node.items:
-            self.visit(item)
-        takes_lock = any(getattr(item.context_expr, "attr", "") == _LOCK for item in node.items)
-        self._visit_all(node.body, self._locked or takes_lock, self._prefill)
-
     def visit_If(self, node: ast.If) -> None:
-        self.visit(node.test)
         role = _role_asked_for(node.test)
-        self._visit_all(node.body, self._locked, self._prefill and role != "DECODE")
-        self._visit_all(node.orelse, self._locked, self._prefill and role != "PREFILL")
+        for statement in (*(node.body if role != "DECODE" else ()), *(node.orelse if role != "PREFILL" else ())):
+            self.visit(statement)
 
     def visit_Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
             self._assigned(target, node.value)
-            if getattr(target, "attr", "") == _BLACKLIST and len(node.targets) > 1:
-                others = [other for other in node.targets if other is not target]
-                kept = _second_name(others)
-                self.uses.append(_Use(self._self_of(target), self._function, node.lineno, self._locked, "", kept))
+        of_two = len(node.targets) > 1 and any(map(_is_blacklist, node.targets))
+        to_attribute = any(isinstance(target, ast.Attribute) for target in node.targets)
+        if self._function == "__init__" and (of_two or (to_attribute and _is_blacklist(node.value))):
+            self.has_second_name = True
         self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
@@ -230,38 +143,23 @@ class _File(ast.NodeVisitor):
             values = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value] * len(target.elts)
             for each, its_value in zip(target.elts, values, strict=False):
                 self._assigned(each, its_value)
-        elif isinstance(target, ast.Attribute):
-            self.assignments.append(
-                _Assignment(self._owner, target.attr, value, self._function, target.lineno, self._prefill)
-            )
+        elif isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self":
+            self.made.setdefault(target.attr, value)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        if getattr(node.target, "attr", "") == _BLACKLIST:
-            self.uses.append(_Use(self._self_of(node.target), self._function, node.lineno, self._locked, "update", ""))
+        if _is_blacklist(node.target):
+            self.writes.append(("update", self._function, node.lineno))
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        names = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
-        if getattr(node.func, "id", "") == "getattr" and names == [_BLACKLIST]:
-            self._used(node)
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in _WRITERS and _is_blacklist(called.value):
+            self.writes.append((called.attr, self._function, node.lineno))
         self.generic_visit(node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if isinstance(node.ctx, ast.Load):
-            called = getattr(self._above[-2], "func", None) is node
-            self.references.append(_Reference(node.attr, self._function, called, called and self._locked))
-            if node.attr == _BLACKLIST:
-                self._used(node)
-            if node.attr == _LOCK and not isinstance(self._above[-2], (ast.With, ast.withitem)):
-                self.handles_lock.add(self._function)  # acquire() and release(), or a name of its own
-        self.generic_visit(node)
 
-    def _used(self, node: ast.expr) -> None:
-        writer, kept = _use_of(self._above)
-        self.uses.append(_Use(self._self_of(node), self._function, node.lineno, self._locked, writer, kept))
-
-    def _self_of(self, node: ast.expr) -> str:
-        return self._owner if getattr(getattr(node, "value", None), "id", "") == "self" else ""
+def _is_blacklist(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == _BLACKLIST
 
 
 def _role_asked_for(test: ast.expr) -> str:
@@ -271,37 +169,6 @@ def _role_asked_for(test: ast.expr) -> str:
             if isinstance(side, ast.Attribute) and side.attr in ("PREFILL", "DECODE"):
                 return side.attr
     return ""
-
-
-def _use_of(above: list[ast.AST]) -> tuple[str, str]:
-    """Which method of the set is called, and how the set gets a second name; the last node is the set itself."""
-    *_, beyond, parent, node = above
-    if isinstance(parent, ast.Attribute):
-        called = isinstance(beyond, ast.Call) and beyond.func is parent
-        return (parent.attr if parent.attr in _WRITERS else "", "") if called else ("", f"its {parent.attr} is kept")
-    if isinstance(parent, (ast.BoolOp, ast.keyword)) or (isinstance(parent, ast.IfExp) and parent.test is not node):
-        return _use_of(above[:-1])
-    if isinstance(parent, ast.Call):
-        return "", "" if _only_looks(parent.func) else f"it is passed on to {ast.unparse(parent.func)}"
-    if isinstance(parent, (*_LOOKING_NODES, ast.IfExp)):
-        return "", ""
-    if isinstance(parent, (ast.Return, ast.Yield)):
-        return "", "it is returned"
-    return "", _second_name(parent.targets if isinstance(parent, ast.Assign) else [getattr(parent, "target", None)])
-
-
-def _second_name(targets: Sequence[Optional[ast.AST]]) -> str:
-    are_attributes = any(isinstance(target, ast.Attribute) for target in targets)
-    return _SECOND_ATTRIBUTE if are_attributes else "it gets a second name"
-
-
-def _only_looks(function: ast.expr) -> bool:
-    if isinstance(function, ast.Name):
-        return function.id in _LOOKS
-    if not isinstance(function, ast.Attribute):
-        return False
-    receiver = getattr(function.value, "id", getattr(function.value, "attr", ""))
-    return function.attr == "join" or receiver.endswith(("logger", "logging"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,10 +194,7 @@ class _Release:
 
     def tree(self, module: str) -> Optional[ast.Module]:
         """None if the module is not there, or cannot be read by this Python."""
-        return self.tree_of(self.path(module))
-
-    def tree_of(self, path: pathlib.Path) -> Optional[ast.Module]:
-        """The same of a file."""
+        path = self.path(module)
         if path not in self._trees:
             self._trees[path] = _parsed(path)
         return self._trees[path]
@@ -460,84 +324,41 @@ class _Examination:
         self._need(_ROLE, f"{_MANAGER}.__init__(..., {_ROLE}, ...)", None)
 
     def _look_for_attributes(self, classes: list[_Class]) -> None:
-        files = self._files(classes)
-        owners = {(each.path, each.node.name) for each in classes}
-        made: dict[str, list[tuple[_File, _Assignment]]] = {}
-        for file in files:
-            for assignment in file.assignments:
-                if (file.path, assignment.owner) in owners and assignment.prefill:
-                    made.setdefault(assignment.name, []).append((file, assignment))
+        attributes = [(each, _Attributes(each.node)) for each in classes]
         for name in ("engine", _BLACKLIST, "session_failures", _LOCK):
-            first_file, first = made.get(name, [(None, None)])[0]
-            line = first.line if first else 1
-            self._need(name, f"{_MANAGER}.{name}", first_file.path if first_file else None, line)
-            if first and first_file:
-                self._look_at_kind(name, first, first_file)
-        if _BLACKLIST in made:
-            self._look_for_rebinding(files, made[_BLACKLIST])
-            self._look_at_uses(files, owners, locks=_LOCK in made)
+            makers = [(each.path, its.made[name]) for each, its in attributes if name in its.made]
+            path, value = makers[0] if makers else (None, None)
+            self._need(name, f"{_MANAGER}.{name}", path, value.lineno if value else 1)
+            if path and value:
+                self._look_at_kind(name, value, path)
+        if any(its.has_second_name for _, its in attributes):
+            self._need("failed_sessions has no second name", f"{_MANAGER}.{_BLACKLIST} without a second name", None)
+        writes = [(each.path, *write) for each, its in attributes for write in its.writes]
+        for path, method, function, line in writes:
+            self._note(f"failed_sessions: {method} in {function}", path, line)
+        if not any(method == "add" for _, method, _, _ in writes):
+            self._findings.append(Finding("failed_sessions: add", False, ""))
+            self._doubts.append(f"nothing adds to {_MANAGER}.{_BLACKLIST}")
 
-    def _files(self, classes: list[_Class]) -> list[_File]:
-        """Those of the manager's class and its base classes, and those beside them that speak of the blacklist."""
-        paths = [each.path for each in classes]
-        for path in sorted(self._folder.glob("srt/disaggregation/**/*.py")):
-            if _BLACKLIST in path.read_text(errors="replace"):
-                paths.append(path)
-        return [_File(path, tree) for path in dict.fromkeys(paths) if (tree := self._release.tree_of(path))]
-
-    def _look_at_kind(self, name: str, made: _Assignment, file: _File) -> None:
+    def _look_at_kind(self, name: str, value: ast.expr, path: pathlib.Path) -> None:
         """Is the attribute of the kind that the patch counts on?"""
-        said = ast.unparse(made.value)
+        said = ast.unparse(value)
         short = said if len(said) <= 40 else f"{said[:40]}..."
-        if name == _BLACKLIST and not self._is_set(made.value, file):
+        if name == _BLACKLIST and not self._is_set(value, path):
             self._missing.append(f"set {_MANAGER}.{name} (it is a {'dict' if said == '{}' else short})")
         elif name == "session_failures" and not re.match(r"(\w+\.)*(defaultdict|dict|Counter)\(|\{", said):
-            self._doubt("session_failures is a dict", f"{_MANAGER}.{name} is no dict but {short}", file.path, made.line)
+            self._doubt("session_failures is a dict", f"{_MANAGER}.{name} is no dict but {short}", path, value.lineno)
         elif name == _LOCK and not re.fullmatch(r"(threading\.)?R?Lock\(\)", said):
             doubt = f"{_MANAGER}.{name} is no threading.Lock() but {short}"
-            self._doubt("session_lock is a lock", doubt, file.path, made.line)
+            self._doubt("session_lock is a lock", doubt, path, value.lineno)
 
-    def _is_set(self, value: ast.expr, file: _File) -> bool:
+    def _is_set(self, value: ast.expr, path: pathlib.Path) -> bool:
         if isinstance(value, (ast.Set, ast.SetComp)):
             return True
         kind = getattr(value.func, "id", "") if isinstance(value, ast.Call) else ""
-        module = ".".join(["sglang", *file.path.relative_to(self._folder).with_suffix("").parts])
+        module = ".".join(["sglang", *path.relative_to(self._folder).with_suffix("").parts])
         bases = [ast.unparse(base) for each in self._release.classes(module, kind) for base in each.node.bases]
         return any(re.match(r"set\b|Set\b", name) for name in (kind, *bases))
-
-    def _look_for_rebinding(self, files: list[_File], made: list[tuple[_File, _Assignment]]) -> None:
-        at_start = _called_by("__init__", files)
-        for file, assignment in made:
-            if assignment.function not in at_start:
-                doubt = f"{_MANAGER}.{_BLACKLIST} is made anew in {assignment.function}, without the probe"
-                self._doubt("failed_sessions is never rebound", doubt, file.path, assignment.line)
-                return
-        self._note("failed_sessions is never rebound", made[0][0].path, made[0][1].line)
-
-    def _look_at_uses(self, files: list[_File], owners: set[tuple[pathlib.Path, str]], locks: bool) -> None:
-        held = _called_with_lock(files)
-        at_start = _called_by("__init__", files)
-        uses = [
-            (file, use)
-            for file in files
-            for use in file.uses
-            if not use.of_self or (file.path, use.of_self) in owners  # else it is another class's own
-        ]
-        for file, use in uses:
-            if use.kept == _SECOND_ATTRIBUTE and use.of_self and use.function in at_start:
-                if (missing := f"{_MANAGER}.{_BLACKLIST} without a second name") not in self._missing:
-                    self._need("failed_sessions has no second name", missing, None)
-            elif use.kept:
-                doubt = f"{use.function} keeps {_MANAGER}.{_BLACKLIST}: {use.kept}, which the probe does not follow"
-                self._doubt("failed_sessions has no second name", doubt, file.path, use.line)
-            elif locks and not use.locked and use.function not in held | file.handles_lock:
-                doubt = f"{use.function} uses {_MANAGER}.{_BLACKLIST} without {_LOCK}"
-                self._doubt("failed_sessions is used under session_lock", doubt, file.path, use.line)
-            elif use.writer:
-                self._note(f"failed_sessions: {use.writer} in {use.function}", file.path, use.line)
-        if not any(use.writer == "add" for _, use in uses):
-            self._findings.append(Finding("failed_sessions: add", False, ""))
-            self._doubts.append(f"nothing adds to {_MANAGER}.{_BLACKLIST}")
 
     def _look_for_free_names(self, module: str) -> None:
         """Our file runs in SGLang's module: a name that both give a meaning of their own is taken."""
@@ -576,36 +397,3 @@ class _Examination:
             path = self._release.path(_ENVIRON) if default else None
             self._note(ON_BY_DEFAULT, path, line, needed=False)
         self._look_for_free_names(_ENVIRON)
-
-
-def _called_by(start: str, files: list[_File]) -> set[str]:
-    """The method ``start`` and those that are called by nothing but it and what it calls."""
-    references = [reference for file in files for reference in file.references]
-    reached = {start}
-    while True:
-        more = {
-            name
-            for name in {reference.name for reference in references if reference.function in reached} - reached
-            if all(each.called and each.function in reached for each in references if each.name == name)
-        }
-        if not more:
-            return reached
-        reached |= more
-
-
-def _called_with_lock(files: list[_File]) -> set[str]:
-    """The methods that are called only where session_lock is held."""
-    by_name: dict[str, list[_Reference]] = {}
-    for file in files:
-        for reference in file.references:
-            by_name.setdefault(reference.name, []).append(reference)
-    held: set[str] = set()
-    while True:
-        more = {
-            name
-            for name, references in by_name.items()
-            if name not in held and all(each.locked or each.function in held for each in references)
-        }
-        if not more:
-            return held
-        held |= more
