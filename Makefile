@@ -11,6 +11,7 @@ test: network-tools
 	  $(PYTHON) tools/environment.py sglang-$$release || exit 1; done
 	$(ENGINES) -m pytest -n 2 test/unit
 	$(ENGINES) -m pytest -n 8 test/faults
+	$(ENGINES) -m pytest test/rdma
 	$(ENGINES) -m pytest test/stock test/deploy test/docs > .stock.log 2>&1 & stock=$$!; \
 	  $(ENGINES) -m pytest test/doors test/servers test/commands; others=$$?; \
 	  wait $$stock; stock=$$?; cat .stock.log; exit $$((stock + others))
@@ -44,18 +45,20 @@ matrix:
 	@test ! -e .matrix/failed
 
 # The newest SGLang and Mooncake that the registry has, for a job that runs every day: reads the patch points, plays the
-# story, and says which patch point is gone. Two minutes, the first time plus the downloads.
+# story, and says which patch point is gone. It looks at all wheels of Mooncake, whatever GPU they are for. Two minutes,
+# the first time plus the downloads.
 newest:
 	$(PYTHON) tools/newest.py
 
-# Five versions of Mooncake on the prefill node against the same five on the decode node, and the table of
-# docs/mooncake.md. About 4 minutes and 400 MB, the first time plus the downloads.
+# Six versions of Mooncake on the prefill node against the same six on the decode node, and the table of
+# docs/mooncake.md; then the faults on the newest of them. About 10 minutes and 500 MB, the first time plus the downloads.
 matrix-mooncake: network-tools
 	rm -f .mooncake.jsonl
-	for version in 0.3.9 0.3.10.post2 0.3.11 0.3.12; do \
+	for version in 0.3.9 0.3.10.post2 0.3.11 0.3.12 0.3.14; do \
 	  $(PYTHON) tools/environment.py sglang-0.5.23+$$version || exit 1; done
 	MOONCAKE_REPORT=$(CURDIR)/.mooncake.jsonl $(ENGINES) -m pytest test/mooncake; failed=$$?; \
 	  $(PYTHON) tools/mooncake_table.py docs/mooncake.md .mooncake.jsonl && exit $$failed
+	$$($(PYTHON) tools/environment.py engines+0.3.14) -m pytest -n 6 $(ALONE:%=--ignore %) test/faults
 
 # Breaks each mechanism in a copy of the tree and says which test sees it. About an hour.
 mechanisms:
