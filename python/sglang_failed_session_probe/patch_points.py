@@ -336,7 +336,7 @@ class _Examination:
         writes = [(each.path, *write) for each, its in attributes for write in its.writes]
         for path, method, function, line in writes:
             self._note(f"failed_sessions: {method} in {function}", path, line)
-        if not any(method == "add" for _, method, _, _ in writes):
+        if any(_BLACKLIST in its.made for _, its in attributes) and not any(write[1] == "add" for write in writes):
             self._findings.append(Finding("failed_sessions: add", False, ""))
             self._doubts.append(f"nothing adds to {_MANAGER}.{_BLACKLIST}")
 
