@@ -34,8 +34,8 @@ VENVS = pathlib.Path(os.environ.get("FAILED_SESSION_PROBE_VENVS") or HERE.parent
 SHARED_RELEASE = "0.5.23"
 MOONCAKE = "mooncake-transfer-engine-non-cuda"
 MOONCAKE_VERSION = "0.3.13.post1"
-# Of a version that has no wheel for machines without CUDA, this one is installed, and made to run without CUDA.
-MOONCAKE_FOR_CUDA = "mooncake-transfer-engine-cuda13"
+# Of a version that has no wheel for machines without CUDA, one of these is installed, and made to run without CUDA.
+MOONCAKE_FOR_CUDA = ("mooncake-transfer-engine-cuda13", "tokenspeed-mooncake")
 CUDA_RUNTIME = "nvidia-cuda-runtime==13.*"
 BEFORE_ENGINES = ("bench", "dist")  # `engines` with the packages of a file of their own in front of it
 STAMP = "recipe.sha256"
@@ -176,7 +176,7 @@ def _make(name: str, folder: pathlib.Path) -> None:
             _pip_install(path, "--no-deps", f"{MOONCAKE}=={mooncake}")
         except CannotMake:
             _need_debian_packages(for_cuda=True)
-            _pip_install(path, "--no-deps", f"{MOONCAKE_FOR_CUDA}=={mooncake}", CUDA_RUNTIME)
+            _install_for_cuda(path, mooncake)
             _run_without_cuda(_site_packages(folder))
     elif release in (None, SHARED_RELEASE):
         _make_from_requirements(release, folder)
@@ -204,6 +204,14 @@ def _make_from_requirements(release: str | None, folder: pathlib.Path) -> None:
         _pip_install(path, "--no-deps", f"sglang=={release}")
         _check_torch(path)
         _mute_torchvision_extension(folder)
+
+
+def _install_for_cuda(path: pathlib.Path, mooncake: str) -> None:
+    for package in MOONCAKE_FOR_CUDA:
+        with contextlib.suppress(CannotMake):
+            _pip_install(path, "--no-deps", f"{package}=={mooncake}", CUDA_RUNTIME)
+            return
+    raise CannotMake(f"of Mooncake {mooncake} pip finds no wheel that can be run without a GPU")
 
 
 def _run_without_cuda(packages: pathlib.Path) -> None:

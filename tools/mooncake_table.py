@@ -28,7 +28,7 @@ def row(seen: dict[str, Any]) -> str:
     cells = [
         seen["prefill"],
         seen["decode"],
-        seen["request"],
+        seen["request"] if seen["request"] in ("served", "fails") else f"**{seen['request']}**",
         after(seen["while_stopped"], seen["let_in_after_stop_s"], seen["request_after_stop"]),
         after(seen["while_rejected"], seen["let_in_after_s"], seen["request_after"]),
         seen["request_with_registration"],

@@ -2,16 +2,20 @@
 
     python3 tools/newest.py
 
-Reads the patch points of that SGLang, and plays the whole story on two managers of it. Exit status 1 if one of them
-fails; the last line then says which patch point is gone, or that all are there and the story has failed.
+Reads the patch points of that SGLang, and plays the whole story on two managers of it, on the newest Mooncake that any
+of its wheels has, if that can be run on a machine without a GPU. Exit status 1 if one of them fails; the last line then
+says which patch point is gone, or that all are there and the story has failed.
 Standard library only, like environment.py.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +23,12 @@ import zipfile
 
 import environment
 
+# All packages whose wheels have the import name `mooncake`; those that can be run here first.
+RUNNABLE = (environment.MOONCAKE, *environment.MOONCAKE_FOR_CUDA)
+OTHERS = (
+    "mooncake-transfer-engine",
+    *(f"mooncake-transfer-engine-{kind}" for kind in ("efa", "efa-cuda13", "efa-non-cuda", "musa", "npu", "rocm")),
+)
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 EXAMINE = """
 import pathlib, sys
@@ -42,6 +52,27 @@ def newest(package: str) -> str:
         raise environment.CannotMake(f"pip finds no {package}:\n{done.stdout[-2000:]}")
     (found,) = json.loads(done.stdout[done.stdout.index("{") :])["install"]
     return str(found["metadata"]["version"])
+
+
+def newest_mooncakes() -> dict[str, str]:
+    """The newest version of each of Mooncake's packages that has a wheel for this machine.
+
+    Raises CannotMake if none has that can be run here.
+    """
+    found = {}
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        looks = {package: threads.submit(newest, package) for package in (*RUNNABLE, *OTHERS)}
+    for package, look in looks.items():
+        with contextlib.suppress(environment.CannotMake):
+            found[package] = look.result()
+    if not found.keys() & set(RUNNABLE):
+        raise environment.CannotMake(f"pip finds none of {', '.join(RUNNABLE)}")
+    return found
+
+
+def by_numbers(version: str) -> list[int]:
+    """A key to sort versions by."""
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def unpacked(package: str, version: str, folder: pathlib.Path) -> pathlib.Path:
@@ -68,8 +99,12 @@ def unpacked(package: str, version: str, folder: pathlib.Path) -> pathlib.Path:
 
 def main() -> int:
     """Say what is newest, read its patch points, play the story."""
-    sglang, mooncake = newest("sglang"), newest(environment.MOONCAKE)
-    print(f"the newest are SGLang {sglang} and Mooncake {mooncake}", flush=True)
+    sglang, mooncakes = newest("sglang"), newest_mooncakes()
+    mooncake = max((mooncakes[package] for package in RUNNABLE if package in mooncakes), key=by_numbers)
+    print(f"the newest are SGLang {sglang} and Mooncake {mooncake}")
+    for package, version in mooncakes.items():
+        beyond = ", which cannot be run here" if by_numbers(version) > by_numbers(mooncake) else ""
+        print(f"  {package} {version}{beyond}", flush=True)
     python = environment.python("engines")
     with tempfile.TemporaryDirectory() as folder:
         package = unpacked("sglang", sglang, pathlib.Path(folder))

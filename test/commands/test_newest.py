@@ -12,6 +12,7 @@ from installation import CHECKOUT, environment
 from test_patch_points import CONN, SMALL
 
 TAG = "py3-none-any"
+FOR_CUDA, FOR_ROCM = "mooncake-transfer-engine-cuda13", "mooncake-transfer-engine-rocm"
 
 
 def publish(registry: pathlib.Path, package: str, version: str, files: dict[str, str]) -> None:
@@ -30,7 +31,8 @@ def test_the_newest_release_is_read_and_the_patch_point_that_it_lost_is_named(tm
     publish(tmp_path, "sglang", "9.8", {f"sglang/{name}": text for name, text in SMALL.items()})
     publish(tmp_path, "sglang", "9.9", {f"sglang/{name}": text for name, text in renamed.items()})
     (tmp_path / "sglang-10.0.tar.gz").touch()  # published before its wheel
-    publish(tmp_path, environment.MOONCAKE.replace("-", "_"), "0.9", {})
+    for package, version in ((environment.MOONCAKE, "0.9"), (FOR_CUDA, "0.10"), (FOR_ROCM, "0.11")):
+        publish(tmp_path, package.replace("-", "_"), version, {})
     ended = subprocess.run(
         [sys.executable, CHECKOUT / "tools" / "newest.py"],
         env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)},
@@ -38,7 +40,10 @@ def test_the_newest_release_is_read_and_the_patch_point_that_it_lost_is_named(tm
         text=True,
         timeout=100,
     )
-    first, *_, last = ended.stdout.splitlines()
-    assert first == "the newest are SGLang 9.9 and Mooncake 0.9"
+    first, *wheels, last = ended.stdout.splitlines()
+    assert first == "the newest are SGLang 9.9 and Mooncake 0.10"
+    assert f"  {environment.MOONCAKE} 0.9" in wheels
+    assert f"  {FOR_CUDA} 0.10" in wheels
+    assert f"  {FOR_ROCM} 0.11, which cannot be run here" in wheels
     assert "SGLang 9.9 has no MooncakeKVManager.failed_sessions" in last
     assert ended.returncode == 1

@@ -15,7 +15,7 @@ from typing import Optional
 from network import Network
 from nodes import SOURCE_PAGES, TARGET_PAGES, Node, Sent, hand_over, is_blacklisted, recovers, send
 
-VERSIONS = ["0.3.9", "0.3.10.post2", "0.3.11", "0.3.12", "0.3.13.post1"]
+VERSIONS = ["0.3.9", "0.3.10.post2", "0.3.11", "0.3.12", "0.3.13.post1", "0.3.14"]
 FIRST_THAT_ASKS = "0.3.11"
 FIRST_THAT_ANSWERS = "0.3.10.post2"
 FIRST_THAT_ACKNOWLEDGES = "0.3.12"
