@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
+.PHONY: test test-fast faults rdma mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
 # plus the downloads. Half of it is waiting, so the stock managers run beside all that comes after.
@@ -30,6 +30,13 @@ faults: network-tools
 	  $(ENGINES) -m pytest -n 6 $(ALONE:%=--ignore %) test/faults || exit 1; done
 	FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(ALONE)
 	$(PYTHON) tools/fault_table.py .faults.jsonl
+
+# Faults over RDMA between two emulated machines, and the table of docs/rdma.md. About an hour. RUNS=5 as above;
+# RDMA_LOGS=FOLDER keeps what was logged in each.
+rdma:
+	rm -f .rdma.jsonl
+	for run in $$(seq $(RUNS)); do RDMA_REPORT=$(CURDIR)/.rdma.jsonl $(ENGINES) -m pytest test/rdma || failed=1; done; \
+	  $(PYTHON) tools/rdma_table.py docs/rdma.md .rdma.jsonl && exit $$failed
 
 # Two managers of each stock release, one release after another, and the table of docs/matrix.md. About 45 minutes and
 # 8 GB, the first time plus the downloads. SGLANG=0.5.8.post1: that row alone.

@@ -89,14 +89,20 @@ class Machine:
             *("-chardev", f"socket,id=agent,fd={self._agent.descriptor}"),
             *("-device", "virtserialport,chardev=agent,name=agent"),
             *("-chardev", f"socket,id=monitor,fd={self._monitor.descriptor}", "-mon", "chardev=monitor,mode=control"),
-            *("-chardev", "null,id=nowhere"),
             *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
         ]
         for place, cable in enumerate(cables):
             card = (
                 f"virtio-net-pci,netdev=net{place},id=card{place},mac=52:54:00:00:{place:02}:{self.number:02},romfile="
             )
-            options += ["-netdev", f"socket,id=net{place},fd={cable}", "-device", card]
+            options += [
+                "-chardev",
+                f"null,id=nowhere-net{place}",
+                "-netdev",
+                f"socket,id=net{place},fd={cable}",
+                "-device",
+                card,
+            ]
         return options
 
     def _boot(self, parts: Image, program: list[str]) -> list[str]:
@@ -143,7 +149,7 @@ class Machine:
             "object-add",
             **{"qom-type": "filter-redirector", "id": f"drop-{network}", "netdev": network},
             queue=queue,
-            outdev="nowhere",
+            outdev=f"nowhere-{network}",
         )
 
     def deliver(self, network: str) -> None:

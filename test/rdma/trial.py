@@ -33,6 +33,9 @@ class Contender:
     python: Callable[[], pathlib.Path]
     let_in: str = ""  # by what of `guest_node.Node.let_in`; our patch is off then
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @functools.cache
 def code_before() -> pathlib.Path:
