@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
 import signal
 import sys
@@ -64,7 +63,8 @@ def _parser() -> _Parser:
     from sglang_failed_session_probe import doctor, probe, status
 
     parser = _Parser(PROGRAM, description="What heals blacklisted Mooncake sessions in SGLang: is it well?")
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    version = doctor.version_of(PROGRAM) or "of unknown version (a checkout, or broken)"
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
     commands = parser.add_subparsers(required=True, metavar="doctor|probe|status")
     for name, module, question in (
         ("doctor", doctor, "does the patch fit this machine's SGLang and Mooncake?"),
@@ -75,13 +75,6 @@ def _parser() -> _Parser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version(PROGRAM)
-    except importlib.metadata.PackageNotFoundError:
-        return "from a checkout, not installed"
 
 
 if __name__ == "__main__":

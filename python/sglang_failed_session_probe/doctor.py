@@ -281,7 +281,7 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
     if answers[1:2] == ["true"]:
         lines.append(_SHORT_QUEUE)
     lines += map(_tent_line, map(json.loads, answers[2:]))
-    return _name(wheel), lines
+    return str(wheel) if wheel else None, lines
 
 
 def _child(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -293,6 +293,7 @@ def _child(arguments: list[str], environment: Mapping[str, str]) -> subprocess.C
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
     ) as process:
         try:
             output, errors = process.communicate(timeout=_CHILD_DEADLINE_S)
@@ -308,22 +309,43 @@ def _how_it_ended(child: subprocess.CompletedProcess[str]) -> str:
     return f"it ends the process with {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "it exits"
 
 
-def _wheels_in(folder: pathlib.Path) -> list[importlib.metadata.Distribution]:
+@dataclasses.dataclass(frozen=True)
+class _Wheel:
+    """An installed wheel of Mooncake."""
+
+    name: str
+    release: str
+    files: tuple[importlib.metadata.PackagePath, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.release}"
+
+
+def _wheels_in(folder: pathlib.Path) -> list[_Wheel]:
     """The installed wheels that have brought an engine into this folder."""
-    here = importlib.metadata.distributions(path=[str(folder.parent)])
-    named = [each for each in here if "mooncake" in (each.metadata["Name"] or "").lower()]
-    return [each for each in named if any(_is_engine(file) for file in each.files or ())]
+    wheels = []
+    for installed in sorted(folder.parent.glob("*mooncake*.dist-info")):
+        name, release = installed.stem.rsplit("-", 1)  # its METADATA may be unreadable
+        files = _files_of(importlib.metadata.Distribution.at(installed))
+        wheels.append(_Wheel(name.replace("_", "-"), release, files))
+    return [wheel for wheel in wheels if any(map(_is_engine, wheel.files))]
+
+
+def _files_of(distribution: importlib.metadata.Distribution) -> tuple[importlib.metadata.PackagePath, ...]:
+    with contextlib.suppress(Exception):  # a RECORD that is no text, or none
+        return tuple(distribution.files or ())
+    return ()
 
 
 def _is_engine(file: pathlib.PurePath) -> bool:
     return file.parent.name == "mooncake" and file.name.startswith("engine") and file.suffix == ".so"
 
 
-def _wheel_of_engine(wheels: list[importlib.metadata.Distribution]) -> Optional[importlib.metadata.Distribution]:
+def _wheel_of_engine(wheels: list[_Wheel]) -> Optional[_Wheel]:
     """The wheel whose engine lies there; None if that is none's."""
     if len(wheels) == 1:
         return wheels[0]
-    return next((each for each in wheels if not _changed(filter(_is_engine, each.files or ()))), None)
+    return next((each for each in wheels if not _changed(filter(_is_engine, each.files))), None)
 
 
 def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
@@ -333,24 +355,18 @@ def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
         if file.hash is not None:
             try:
                 digest = hashlib.new(file.hash.mode, file.read_binary()).digest()
-            except (OSError, KeyError):  # KeyError: of a zip file
+            except (OSError, KeyError, ValueError):  # KeyError: of a zip file; ValueError: no such hash
                 digest = b""
             if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
                 changed.append(str(file))
     return changed
 
 
-def _name(wheel: Optional[importlib.metadata.Distribution]) -> Optional[str]:
-    return f"{wheel.metadata['Name']} {wheel.version}" if wheel else None
-
-
-def _several_wheels(
-    wheels: list[importlib.metadata.Distribution], wheel: Optional[importlib.metadata.Distribution], release: Line
-) -> Iterator[Line]:
+def _several_wheels(wheels: list[_Wheel], wheel: Optional[_Wheel], release: Line) -> Iterator[Line]:
     if len(wheels) > 1:
-        names = [each.metadata["Name"] for each in wheels]
-        them = " and ".join(f"{each.metadata['Name']} {each.version}" for each in wheels)
-        whose = f"the engine is that of {_name(wheel)}" if wheel else "the engine is none of theirs"
+        names = [each.name for each in wheels]
+        them = " and ".join(map(str, wheels))
+        whose = f"the engine is that of {wheel}" if wheel else "the engine is none of theirs"
         yield Line(
             "error",
             "Mooncake",
@@ -360,11 +376,9 @@ def _several_wheels(
         )
 
 
-def _release_line(
-    wheel: Optional[importlib.metadata.Distribution], engine: Any, environment: Mapping[str, str]
-) -> Line:
-    name = _name(wheel) or "Mooncake of unknown release"
-    release = wheel.version if wheel else "0"
+def _release_line(wheel: Optional[_Wheel], engine: Any, environment: Mapping[str, str]) -> Line:
+    name = str(wheel or "Mooncake of unknown release")
+    release = wheel.release if wheel else "0"
     can_probe = engine if isinstance(engine, bool) else _at_least(release, _FIRST_MOONCAKE_THAT_ASKS)
     if not can_probe:
         answers = (
@@ -387,7 +401,7 @@ def _at_least(release: str, wanted: str) -> bool:
     return [int(part) for part in re.findall(r"\d+", release)] >= [int(part) for part in re.findall(r"\d+", wanted)]
 
 
-def _engine_line(engine: Any, wheel: Optional[importlib.metadata.Distribution]) -> Line:
+def _engine_line(engine: Any, wheel: Optional[_Wheel]) -> Line:
     """Can the engine be imported, and if not, what is it that it lacks? ``engine`` is a bool, or why it cannot be."""
     subject = "mooncake.engine"
     if isinstance(engine, bool):
@@ -396,7 +410,7 @@ def _engine_line(engine: Any, wheel: Optional[importlib.metadata.Distribution]) 
     if library is None:
         do = "install Mooncake anew"
         if wheel:
-            do = f"pip install --force-reinstall --no-deps {wheel.metadata['Name']}=={wheel.version}"
+            do = f"pip install --force-reinstall --no-deps {wheel.name}=={wheel.release}"
         return Line("error", subject, f"{subject} cannot be imported: {engine}", do, _STOPS)
     name = library.group(1)
     if name.startswith(("libcu", "libnv")):
@@ -453,13 +467,22 @@ def _look_at_package() -> Iterator[Line]:
         do = "start from another folder, or take the copy off PYTHONPATH"
         yield Line("warning", "package", f"the copy in {here} is in front of the installed one, in {home}", do)
         return
-    changed = _changed(file for file in installed.files or () if file.parts[0] == _PACKAGE)
-    if changed:
+    changed = _changed(file for file in _files_of(installed) if file.parts[0] == _PACKAGE)
+    if not version_of(_DISTRIBUTION):
+        yield Line("error", "package", f"what {home.parent} says of the installed package has no version", _REINSTALL)
+    elif changed:
         yield Line(
             "error", "package", f"of the installed files these are not as they were: {', '.join(changed)}", _REINSTALL
         )
     else:
-        yield Line("ok", "package", f"{installed.version}, in {here}")
+        yield Line("ok", "package", f"{version_of(_DISTRIBUTION)}, in {here}")
+
+
+def version_of(distribution: str) -> str:
+    """The version of an installed distribution; empty if it is not there, or what it says of itself is no such text."""
+    with contextlib.suppress(Exception):
+        return importlib.metadata.version(distribution) or ""
+    return ""
 
 
 def _home_of(installed: importlib.metadata.Distribution) -> pathlib.Path:
@@ -475,7 +498,13 @@ _CHILD_AT_THE_DOOR = f"import sys; print('{_PACKAGE}.patch' in sys.modules)"
 
 
 def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Iterator[Line]:
-    plugin_shut = _why_plugin_is_shut(points, environment)
+    try:
+        plugin_shut = _why_plugin_is_shut(points, environment)
+    except Exception as error:  # SGLang reads them as we do
+        finding = f"SGLang cannot read the entry points of this Python: {error}"
+        do = f"reinstall the package of {' and of '.join(_broken_entry_points()) or 'one of them'}"
+        yield Line("error", "plugin", finding, do, _STOPS)
+        return
     pth_shut = _why_pth_is_shut(environment)
     if not plugin_shut:
         yield Line("ok", "plugin", f"SGLang will load us, by the entry point in {_PLUGIN_GROUP}")
@@ -495,16 +524,25 @@ def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]
 
 def _why_plugin_is_shut(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Optional[tuple[str, str]]:
     """What keeps SGLang from loading us, and what to do about it; None if nothing."""
-    entries = importlib.metadata.entry_points(group=_PLUGIN_GROUP)
-    ours = [entry.name for entry in entries if entry.value.split(":")[0] == _PACKAGE]
     if points and not points.has("plugins"):
         return f"SGLang {points.release} loads no plugins (0.5.11 and later do)", ""
+    entries = importlib.metadata.entry_points(group=_PLUGIN_GROUP)
+    ours = [entry.name for entry in entries if entry.value.split(":")[0] == _PACKAGE]
     if not ours:
         return f"there is no entry point of ours in {_PLUGIN_GROUP}", _INSTALL
     wanted = environment.get("SGLANG_PLUGINS", "")
     if wanted and ours[0] not in [name.strip() for name in wanted.split(",")]:
         return f"SGLANG_PLUGINS={wanted!r} leaves {ours[0]} out", f"set SGLANG_PLUGINS={wanted},{ours[0]}"
     return None
+
+
+def _broken_entry_points() -> Iterator[str]:
+    for folder in map(pathlib.Path, sys.path):
+        for file in folder.glob("*-info/entry_points.txt"):
+            try:
+                file.read_text("utf-8")
+            except (OSError, ValueError):
+                yield str(file)
 
 
 def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]]:
@@ -555,11 +593,10 @@ def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
 
 def _library_line(name: str, distribution: str) -> Line:
     """The release of a library that can be used, beside the oldest that our package asks for."""
-    try:
-        release = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+    release = version_of(distribution)
+    if not release:
         return Line("ok", name, "can be imported")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    with contextlib.suppress(Exception):
         for required in importlib.metadata.requires(_DISTRIBUTION) or ():
             oldest = re.fullmatch(rf"{distribution}>=([\d.]+)", required)
             if oldest and not _at_least(release, oldest.group(1)):
@@ -615,7 +652,7 @@ def _look_at_misspelt(
     """Variables that are nearly ours, and that nothing reads."""
     known = [_SWITCH, *_SETTINGS]
     with contextlib.suppress(OSError, TypeError):
-        text = (folder / "srt/environ.py").read_text()  # type: ignore[operator]
+        text = (folder / "srt/environ.py").read_text(errors="replace")  # type: ignore[operator]
         known += re.findall(r"\bSGLANG_\w*FAILED_SESSION\w*", text)
     for name in sorted(environment):
         if name in known or not name.upper().startswith("SGL"):

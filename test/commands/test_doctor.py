@@ -294,6 +294,55 @@ def test_a_queue_that_a_burst_overflows(sound: Environment) -> None:
     assert [line for line in report.lines if line["subject"] == "queue"] == []
 
 
+UNREADABLE = b"Metadata-Version: 2.1\nName: \xff\n"
+
+
+@pytest.mark.parametrize("file", ["METADATA", "RECORD"])
+@pytest.mark.parametrize("wheel_of", ["mooncake_utils-0.7", "mooncake_transfer_engine-0.3.13"])
+def test_a_wheel_of_mooncake_or_beside_it_whose_files_are_no_text(wheel_of: str, file: str, made: Make) -> None:
+    here = made(SGLANG, WRAPT, PROMETHEUS)
+    here.add("mooncake/__init__.py", "import sys; sys.stderr.buffer.write(bytes([255]))")
+    here.add("mooncake/engine.py", "class TransferEngine:\n    def send_probe(self): pass\n")
+    add_wheel_record(here, "mooncake-transfer-engine", "0.3.13")
+    here.add(f"{wheel_of}.dist-info/{file}", "")
+    (here.site / f"{wheel_of}.dist-info" / file).write_bytes(UNREADABLE)
+    report = here.doctor(**ON)
+    assert report.verdict == WILL_PROBE
+    is_known = (wheel_of, file) != ("mooncake_transfer_engine-0.3.13", "RECORD")
+    assert report.whole["mooncake"] == ("mooncake-transfer-engine 0.3.13" if is_known else None)
+
+
+def test_a_library_that_does_not_say_its_version(made: Make) -> None:
+    here = made(SGLANG, MOONCAKE, PROMETHEUS)
+    here.add("wrapt/__init__.py", "def register_post_import_hook(*arguments): pass\n")
+    (here.site / "wrapt-1.17.dist-info").mkdir()
+    assert here.doctor(**ON).line("wrapt")["finding"] == "can be imported"
+    (here.site / "wrapt-1.17.dist-info/METADATA").write_bytes(UNREADABLE)
+    assert here.doctor(**ON).verdict == WILL_PROBE
+
+
+def test_entry_points_that_are_no_text_stop_sglang_itself(made: Make) -> None:
+    here = made(*EVERYTHING)
+    file = here.site / "theirs-1.0.dist-info/entry_points.txt"
+    here.add("theirs-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    file.write_bytes(UNREADABLE)
+    report = here.doctor(**ON)
+    assert report.verdict.startswith(f"{WILL_NOT_START}SGLang cannot read the entry points")
+    assert f"do this: reinstall the package of {file}" in report.verdict
+
+
+def test_an_installed_package_of_ours_that_does_not_say_its_version(made: Make) -> None:
+    here = made(*EVERYTHING)
+    (installed,) = here.site.glob("sglang_failed_session_probe-*.dist-info")
+    (installed / "METADATA").unlink()
+    report = here.doctor(**ON)
+    assert report.errors == ["package"]
+    assert "says of the installed package has no version" in report.verdict
+    assert "--force-reinstall" in report.verdict
+    said = here.run("-m", "sglang_failed_session_probe", "--version").stdout
+    assert said == "sglang-failed-session-probe of unknown version (a checkout, or broken)\n"
+
+
 def test_two_wheels_of_mooncake_over_one_another(made: Make) -> None:
     here = made(*EVERYTHING)
     add_wheel_record(here, "mooncake-transfer-engine", "0.3.6")

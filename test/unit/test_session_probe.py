@@ -627,13 +627,9 @@ def test_the_wrapper_of_the_engine_gives_mooncakes_answer_or_minus_one_if_it_can
 def test_the_wheel_that_import_mooncake_finds_is_named_with_its_version(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metadata = "Metadata-Version: 2.1\nName: mooncake-transfer-engine\nVersion: 0.3.10.post2\n"
-    for name, text in {
-        "mooncake/__init__.py": "",
-        "mooncake_transfer_engine-0.3.10.dist-info/METADATA": metadata,
-    }.items():
+    for name in ("mooncake/__init__.py", "mooncake_transfer_engine-0.3.10.post2.dist-info/METADATA"):
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(b"\xff")
     monkeypatch.syspath_prepend(tmp_path)
     assert session_probe.mooncake_version() == "mooncake-transfer-engine 0.3.10.post2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -651,6 +647,7 @@ QUEUE = "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER"
         ({"MOONCAKE_PROTOCOL": "rdma"}, "0.3.13", False),
         ({"MC_FORCE_TCP": "1"}, "0.3.12", False),
         ({"MC_FORCE_TCP": "1"}, "0.3.14", False),
+        ({"MC_FORCE_TCP": "1"}, "0.3.13.post20261027", False),
         ({"MC_FORCE_TCP": "1", QUEUE: "65535"}, "0.3.13", False),
         ({"MC_FORCE_TCP": "1", QUEUE: "8192"}, "0.3.13", False),
         ({"MC_FORCE_TCP": "1", QUEUE: "2048"}, "0.3.13", True),

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import heapq
-import importlib.metadata
 import importlib.util
 import itertools
 import mmap
@@ -59,9 +58,9 @@ def mooncake_version() -> str:
     with contextlib.suppress(Exception):  # only words for the log: nothing may depend on them
         spec = importlib.util.find_spec("mooncake")
         for package in (spec and spec.submodule_search_locations) or ():
-            for metadata in sorted(pathlib.Path(package).parent.glob("mooncake*.dist-info")):
-                distribution = importlib.metadata.Distribution.at(metadata)
-                return f"{distribution.metadata['Name']} {distribution.version}"
+            for installed in sorted(pathlib.Path(package).parent.glob("*mooncake*.dist-info")):
+                name, version = installed.stem.rsplit("-", 1)  # what is in there may be unreadable
+                return f"{name.replace('_', '-')} {version}"
     return "of unknown version"
 
 
@@ -74,7 +73,7 @@ def has_short_queue() -> bool:
     # Mooncake takes its default of 1,024 for more than 65,535.
     longer = re.fullmatch("0*([0-9]{1,5})", os.environ.get("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", ""))
     is_long = longer is not None and _LONG_QUEUE <= int(longer[1]) <= _LONGEST_QUEUE
-    return over_tcp and not is_long and " 0.3.13" in mooncake_version()
+    return over_tcp and not is_long and re.search(r" 0\.3\.13(\.post1)?$", mooncake_version()) is not None
 
 
 def ask(engine: Any, session: str) -> int:
