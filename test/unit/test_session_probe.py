@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import pathlib
 import socket
 import threading
@@ -733,3 +734,35 @@ def test_one_look_is_at_so_many_peers_and_the_others_come_next(watched: Watched)
         watched.begin(f"decode:{number + 1}").become(DONE)
     told = [len(watched.pending.look(lambda call: True, most=32)) for _ in range(4)]
     assert told == [32, 32, 16, 0]
+
+
+# For how long bytes of a failed transfer land.
+
+
+@pytest.mark.parametrize(
+    ("open_file", "variables", "seconds"),
+    [
+        ("/dev/infiniband/uverbs0", {}, 12.0),
+        ("/dev/infiniband/uverbs0", {"MOONCAKE_PROTOCOL": "rdma"}, 12.0),
+        ("/dev/infiniband/uverbs0", {"MOONCAKE_PROTOCOL": "tcp"}, math.inf),
+        ("/dev/infiniband/uverbs0", {"MC_FORCE_TCP": "0"}, math.inf),
+        ("/dev/null", {}, math.inf),
+    ],
+)
+def test_bytes_land_late_for_ever_but_over_rdma(
+    open_file: str, variables: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MOONCAKE_PROTOCOL", "MC_FORCE_TCP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(session_probe.os, "readlink", lambda path: open_file)
+    assert session_probe.late_bytes_for_s() == seconds
+
+
+def test_without_a_proc_folder_it_is_taken_for_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_folder(path: str) -> list[str]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(session_probe.os, "listdir", no_folder)
+    assert session_probe.late_bytes_for_s() == math.inf
