@@ -598,7 +598,33 @@ BREAKS = [
         "pass",
         METRICS_TESTS,
     ),
-    Break("gauges begin at 0", metrics._LazyMetric.register, "metric.set(0)", "pass", METRICS_TESTS),
+    Break("gauges begin at 0", metrics._with_file_of_its_own, "made.set(0)", "pass", METRICS_TESTS),
+    Break("gauges in files of our own", metrics._with_file_of_its_own, "_our_values()", "usual", METRICS_TESTS),
+    Break(
+        "a process that lives holds a lock",
+        metrics._claimed,
+        "        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "",
+        METRICS_TESTS,
+    ),
+    Break(
+        "only a process whose lock is free is dead",
+        metrics._forget_dead_processes,
+        "            fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "",
+        METRICS_TESTS,
+    ),
+    Break(
+        "its own lock is not let go of", metrics._forget_dead_processes, "if name == own:", "if False:", METRICS_TESTS
+    ),
+    Break("locks of other machines say nothing", metrics._forget_dead_processes, '"*-{_boot()}"', '"*"', METRICS_TESTS),
+    Break(
+        "the usual files for all other metrics",
+        metrics._with_file_of_its_own,
+        "        values.ValueClass = usual\n",
+        "        pass\n",
+        METRICS_TESTS,
+    ),
     Break("gauges end at 0", Prober.run, "        self.metrics.stop()\n", "", METRICS_TESTS),
     Break("gauges add up", metrics._gauge, 'multiprocess_mode="livesum"', 'multiprocess_mode="livemax"', METRICS_TESTS),
     Break(

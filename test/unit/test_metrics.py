@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -300,8 +301,8 @@ def test_a_metric_that_fails_is_said_once_and_holds_up_nobody(
 # Several processes of a node, in one PROMETHEUS_MULTIPROC_DIR.
 
 MEMBER = """
-import json, sys
-from fake_engine import Engine
+import fcntl, json, os, sys, time
+from fake_engine import Engine, raises
 from managers import NO_MEMORY, blacklist
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 def new_manager(probe, role):
@@ -316,7 +317,9 @@ for line in sys.stdin:
 class Member:
     """A process with one prefill manager after another, and the whole of its standard error."""
 
-    def __init__(self, folder: pathlib.Path, log: pathlib.Path, **environment: str) -> None:
+    def __init__(
+        self, folder: pathlib.Path, log: pathlib.Path, inside: tuple[str, ...] = (), **environment: str
+    ) -> None:
         here = pathlib.Path(__file__).parent
         paths = os.pathsep.join(map(str, (here, here.parents[1] / "python")))
         variables = {
@@ -327,7 +330,7 @@ class Member:
         self.log = log
         with log.open("a") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MEMBER],
+                [*inside, sys.executable, "-c", MEMBER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -369,8 +372,8 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def member(folder: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[Callable[..., Member]]:
     members: list[Member] = []
 
-    def start(**environment: str) -> Member:
-        members.append(Member(folder, tmp_path / "log", **environment))
+    def start(inside: tuple[str, ...] = (), **environment: str) -> Member:
+        members.append(Member(folder, tmp_path / "log", inside, **environment))
         return members[-1]
 
     yield start
@@ -386,7 +389,7 @@ def scraped(folder: pathlib.Path) -> dict[str, float]:
 
 
 def shows(folder: pathlib.Path, name: str, value: float) -> bool:
-    return wait_until(lambda: scraped(folder).get(name) == value)
+    return wait_until(lambda: scraped(folder).get(name) == value, within_s=15.0)
 
 
 def test_every_series_is_there_at_zero_from_the_start(folder: pathlib.Path, member: Callable[..., Member]) -> None:
@@ -428,13 +431,111 @@ def test_what_dead_processes_have_left_is_gone_when_another_one_starts(
     dead.blacklist("a:1")
     assert shows(folder, BLACKLISTED, 1)
     dead.kill()
-    (left,) = folder.glob(f"gauge_livesum_{dead.process.pid}.db")
-    shutil.copy(left, folder / f"gauge_livesum_{again.process.pid}.db")  # pids come again
+    left = [*folder.glob("gauge_live*"), *folder.glob("*.lock")]
     again.start()
     assert scraped(folder)[BLACKLISTED] == 0
-    assert not left.exists()
+    assert len(left) == 2
+    assert not any(file.exists() for file in left)
     again.blacklist("a:1")
     assert shows(folder, BLACKLISTED, 1)
+
+
+def contained() -> tuple[str, ...]:
+    """Has a command run in a PID namespace of its own, as in a container beside this one."""
+    alone = ("unshare", "--pid", "--fork", "--kill-child")
+    if shutil.which(alone[0]) is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespace can be made here")
+    return alone
+
+
+def test_containers_that_share_a_folder_never_take_out_one_that_lives_whatever_its_pid(
+    folder: pathlib.Path, member: Callable[..., Member]
+) -> None:
+    one, other, beside = member(contained()), member(contained()), member()
+    assert one.do("os.getpid()") == other.do("os.getpid()") == 1
+    for container in (one, other, beside):
+        container.start()
+    limit = scraped(folder)[LIMIT] / 3
+    one.blacklist("a:1", "a:2")
+    other.blacklist("b:1", "b:2", "b:3")
+    beside.blacklist("c:1")
+    assert shows(folder, BLACKLISTED, 6), "one process that lives hides another"
+    one.kill()
+    other.blacklist("b:4")
+    assert shows(folder, BLACKLISTED, 5), "what a dead process had on its blacklist is counted for ever"
+    assert scraped(folder)[LIMIT] == 2 * limit
+    beside.blacklist("c:2")
+    assert shows(folder, BLACKLISTED, 6), "a process that lives was taken out"
+
+
+@pytest.mark.parametrize(
+    "name", ["gauge_livesum_{}.db", "gauge_liveall_{}.db", "gauge_livesum_{}-0123-of-another-machine.db"]
+)
+def test_files_that_are_not_of_our_gauges_on_this_machine_are_left_alone(
+    name: str, folder: pathlib.Path, member: Callable[..., Member]
+) -> None:
+    """Of a process in another container, say, whose pid nobody has here."""
+    dead = member()
+    dead.kill()
+    others = folder / name.format(dead.process.pid)
+    shutil.copy("/dev/null", others)
+    shutil.copy("/dev/null", folder / f"failed_session_probe_{dead.process.pid}-0123-of-another-machine.lock")
+    member().start()
+    assert others.exists()
+
+
+def test_sglangs_own_gauges_stay_in_the_files_that_they_have(
+    folder: pathlib.Path, member: Callable[..., Member]
+) -> None:
+    one = member()
+    one.start()
+    one.do("__import__('prometheus_client').Gauge('others', '', multiprocess_mode='livesum').set(3)")
+    one.kill()
+    member().start()
+    assert scraped(folder)["others"] == 3
+    assert (folder / f"gauge_livesum_{one.process.pid}.db").exists()
+
+
+def test_where_nothing_can_be_locked_gauges_are_kept_under_the_pid_begin_at_zero_and_stay(
+    folder: pathlib.Path, member: Callable[..., Member]
+) -> None:
+    """As on some network file systems."""
+    dead, again = member(), member()
+    for one in (dead, again):
+        one.do("setattr(fcntl, 'lockf', lambda *_: raises(OSError(37, 'No locks available'))())")
+    dead.start()
+    dead.blacklist("a:1")
+    assert shows(folder, BLACKLISTED, 1)
+    dead.kill()
+    left = folder / f"gauge_livesum_{dead.process.pid}.db"
+    left.rename(folder / f"gauge_livesum_{again.process.pid}.db")  # pids come again
+    again.start()
+    assert scraped(folder)[BLACKLISTED] == 0
+    again.blacklist("a:1")
+    assert shows(folder, BLACKLISTED, 1)
+    again.kill()
+    member().start()
+    assert scraped(folder)[BLACKLISTED] == 1
+
+
+def test_a_forked_child_neither_counts_nor_keeps_its_dead_parent_in_the_sum(
+    folder: pathlib.Path, member: Callable[..., Member]
+) -> None:
+    parent, other = member(), member()
+    parent.start()
+    other.start()
+    parent.blacklist("a:1")
+    assert shows(folder, BLACKLISTED, 1)
+    child = parent.do("os.fork() or time.sleep(60)")
+    try:
+        parent.process.kill()
+        parent.process.wait(10)
+        other.blacklist("b:1")
+        assert shows(folder, BLACKLISTED, 1), (
+            "what a dead process had on its blacklist is counted as long as a child lives"
+        )
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_processes_that_live_are_left_alone_whatever_their_files_are_called(

@@ -7,8 +7,11 @@ So it is imported on first use only: in the prefill scheduler, when the first ma
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import os
 import pathlib
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,11 +29,12 @@ _OUTAGE_SECONDS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.
 class _LazyMetric:
     """A Prometheus metric that is registered when it is first used, once in a process. Any thread may use it."""
 
+    _lock = threading.Lock()
+
     def __init__(self, kind: str, name: str, documentation: str, **options: Any) -> None:
         self._kind = kind
         self._arguments = (name, documentation)
         self._options = options
-        self._lock = threading.Lock()
         self._metric: Optional[Any] = None
 
     def __getattr__(self, name: str) -> Any:
@@ -43,10 +47,10 @@ class _LazyMetric:
                 if self._metric is None:
                     import prometheus_client
 
-                    metric = getattr(prometheus_client, self._kind)(*self._arguments, **self._options)
+                    metric = getattr(prometheus_client, self._kind)
                     if self._kind == "Gauge":
-                        metric.set(0)  # a dead process of this pid may have left a file
-                    self._metric = metric
+                        metric = functools.partial(_with_file_of_its_own, metric)
+                    self._metric = metric(*self._arguments, **self._options)
         return self._metric
 
 
@@ -184,24 +188,70 @@ class FailedSessionMetrics:
                 self._shown[gauge] = value
 
 
+# The gauges of live processes are summed. Those of dead ones must be taken out; prometheus_client does not.
+# It names their files after the pid, which says nothing to a container beside this one that shares the folder. So the
+# files of our gauges have names of their own, and each process holds a lock as long as it lives.
+
+_LOCK = "failed_session_probe_{}.lock"
+
+
+def _with_file_of_its_own(gauge: Any, *arguments: Any, **options: Any) -> Any:
+    """Makes the gauge. The caller holds the lock of all metrics."""
+    from prometheus_client import values
+
+    usual = values.ValueClass
+    if usual is not values.MutexValue:
+        values.ValueClass = _our_values()
+    try:
+        made = gauge(*arguments, **options)
+    finally:
+        values.ValueClass = usual
+    made.set(0)  # under its pid, a dead process may have left a file
+    return made
+
+
+@functools.cache
+def _our_values() -> Any:
+    from prometheus_client import values
+
+    return values.MultiProcessValue(lambda: _claimed(os.getpid())[0])  # type: ignore[no-untyped-call]
+
+
+@functools.cache  # until a fork
+def _claimed(pid: int) -> tuple[str, object]:
+    """What stands for the pid in the names of our gauges' files, and the lock that says that this process lives.
+
+    Where there can be no lock it is the pid, and nobody deletes the file.
+    """
+    try:
+        name = f"{pid}-{secrets.token_hex(8)}-{_boot()}"
+        path = pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], _LOCK.format(name))
+        lock = path.with_suffix(".new").open("w")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(lock.name, path)  # whoever sees it finds it locked
+    except (OSError, KeyError):
+        return str(pid), None
+    return name, lock
+
+
+def _boot() -> str:
+    """Of this machine: the locks of another one that shares the folder may not be seen here."""
+    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def _forget_dead_processes() -> None:
-    """Takes what dead processes left out of the sums of gauges, which ``prometheus_client`` does for nobody."""
+    """Takes what dead processes of this machine left out of the sums of our gauges."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if not folder:
+    own, lock = _claimed(os.getpid())
+    if not folder or lock is None:
         return
     from prometheus_client.multiprocess import mark_process_dead
 
-    for pid in {file.stem.rpartition("_")[2] for file in pathlib.Path(folder).glob("gauge_live*.db")}:
-        if pid.isdigit() and _is_dead(int(pid)):
-            with contextlib.suppress(FileNotFoundError):  # another process was first
-                mark_process_dead(int(pid))  # type: ignore[no-untyped-call]
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # somebody else's
-        return False
-    return False
+    for path in pathlib.Path(folder).glob(_LOCK.format(f"*-{_boot()}")):
+        name = path.stem.removeprefix(_LOCK.partition("{")[0])
+        if name == own:  # to close it once more would let go of the lock
+            continue
+        with contextlib.suppress(OSError), path.open("r+") as other:  # it lives, or another process was first
+            fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mark_process_dead(name)  # type: ignore[no-untyped-call]
+            path.unlink()
