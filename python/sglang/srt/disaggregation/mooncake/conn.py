@@ -55,7 +55,7 @@ _WORKER_THREAD = "MooncakeSessionWorker"
 # At a stop: how long calls that are about to return are waited for (a live peer takes 0.5 ms), and until when those
 # that hang have been ended (12 ms, all together).
 _STOP_GRACE_S = 0.1
-_STOP_WITHIN_S = 0.4
+_STOP_WITHIN_S = 0.35
 # Where many are blacklisted, answers that come within so long are taken in together: each round costs 0.1 ms.
 _TOGETHER_S = 0.01
 _TOGETHER_S_PER_SESSION = 0.0001
