@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
+from sglang.srt import environ
 from sglang.srt.disaggregation.mooncake import conn, hung_call, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
@@ -44,6 +45,7 @@ CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG
     for name in ("conn", "exit", "metrics", "log", "patch", "session_probe", "hung_call", "probe_workers")
 )
 TENT_TESTS = f"{UNIT}/test_tent_probe.py"
+SETTINGS_TESTS = f"{UNIT}/test_settings.py"
 STATUS_TESTS = "test/commands/test_status.py"
 DEADLINE_S = 600.0
 
@@ -519,6 +521,35 @@ BREAKS = [
         "        try:\n            missing = _missing_of(self)\n",
         "        missing = _missing_of(self)\n        try:\n",
         CONN_TESTS,
+    ),
+    # Settings.
+    Break(
+        "digits as an operator writes them",
+        environ._probe_seconds,
+        "_PROBE_SECONDS.fullmatch(value)",
+        'not set(value) - set("0123456789._eE-")',
+        SETTINGS_TESTS,
+    ),
+    Break(
+        "no interval that nothing can be divided by",
+        environ._probe_seconds,
+        "(0 if zero_allowed else _PROBE_LEAST_S) <=",
+        "(0 if zero_allowed else 5e-324) <=",
+        SETTINGS_TESTS,
+    ),
+    Break(
+        "a count that can be meant",
+        environ._probe_count,
+        "digits and int(digits[1]) <= _PROBE_MOST",
+        "digits",
+        SETTINGS_TESTS,
+    ),
+    Break(
+        "a value is cut where it is refused",
+        environ._probe_setting_refused,
+        "{_probe_printable_repr(value)}",
+        "{value!r}",
+        SETTINGS_TESTS,
     ),
     # What is told.
     Break(

@@ -9,7 +9,7 @@ _MOST = 300
 def printable(text: str, most: int = _MOST) -> str:
     """The text, cut after ``most`` characters, and escaped if any of them is not printable."""
     cut = text[:most]
-    return (cut if cut.isprintable() else repr(cut)[1:-1]) + ("..." if len(text) > most else "")
+    return (cut if cut.isprintable() else repr(cut)[1:-1]) + ("[...]" if len(text) > most else "")
 
 
 def printable_repr(value: object) -> str:

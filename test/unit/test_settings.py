@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sglang.srt.environ import FailedSessionProbeSettings
+from virtual_prober import Peer, VirtualProber
 
 ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
@@ -68,11 +69,48 @@ def test_interval_may_be_as_long_as_max_interval() -> None:
         *(
             (name, value, "finite")
             for name in DURATIONS
-            for value in ["nan", "inf", "-inf", "-1", "abc", "1e999", "3s"]
+            for value in [
+                "nan",
+                "inf",
+                "Infinity",
+                "-inf",
+                "-1",
+                "+1",
+                "abc",
+                "1e999",
+                "9" * 250 + "e99",
+                "3s",
+                "1_0",
+                "0x10",
+                "1,5",
+            ]
+        ),
+        *(
+            (name, value, "such as 2.5")
+            for name in DURATIONS
+            for value in [
+                "\u0663",
+                "\uff11",
+                "1\u00a02",
+                "1 2",
+                "1e",
+                "e1",
+                ".",
+                "1.2.3",
+                "-0.0",
+                "1\n2",
+                "\x1b[31m",
+                "\udcff",
+            ]
         ),
         *((name, value, "greater than 0") for name in DURATIONS[:3] for value in ["0", "-0.0"]),
+        *((name, "1e-320", "1e-300 at least") for name in DURATIONS[:3]),
         (SETTLE, "-0.5", "0 or more"),
         *((CONCURRENCY, value, "whole number greater than 0") for value in ["0", "-1", "1.5", "abc", "nan", "\u0664"]),
+        *(
+            (CONCURRENCY, value, "10000 at most")
+            for value in ["00", "+1", "1_0", "1e3", "0x10", "\u00b2", "10001", "9" * 200]
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_sentence_with_the_name_the_value_and_what_is_allowed(
@@ -86,7 +124,46 @@ def test_a_wrong_value_is_refused_in_one_sentence_with_the_name_the_value_and_wh
     assert_one_sentence(sentence)
 
 
-@pytest.mark.parametrize("values", [{INTERVAL: "301"}, {MAX_INTERVAL: "29"}, {INTERVAL: "7", MAX_INTERVAL: "6.5"}])
+@pytest.mark.parametrize("name", [*FLAGS, *DURATIONS, CONCURRENCY])
+@pytest.mark.parametrize("value", ["9" * 5000, "x\n" * 5000, "-" + "1" * 5000])
+def test_a_long_value_is_cut_in_the_sentence(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match="is not allowed") as refused:
+        read(**{name: value})
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{name}={repr(value)[:300]}[...] ")
+    assert len(sentence) < 800
+    assert_one_sentence(sentence)
+
+
+def test_whatever_is_allowed_is_a_number_that_can_be_used() -> None:
+    values = {
+        INTERVAL: "1e-300",
+        MAX_INTERVAL: "1e308",
+        IDLE_TIMEOUT: " .5\n",
+        SETTLE: "1E-2",
+        CONCURRENCY: "0" * 5000 + "7",
+    }
+    settings = read(**values)
+    assert (settings.idle_timeout_s, settings.settle_s, settings.concurrency) == (0.5, 0.01, 7)
+    assert read(**{CONCURRENCY: "10000", SETTLE: "5.", IDLE_TIMEOUT: "2e+2"}).concurrency == 10000
+
+
+@pytest.mark.parametrize("interval", ["1e-300", "1e-200"])
+def test_the_shortest_interval_works(interval: str) -> None:
+    prober = VirtualProber(interval_s=read(**{INTERVAL: interval}).interval_s)
+    sessions = [f"decode:{port}" for port in range(1, 1001)]
+    prober.fail(*sessions, peer=Peer(answers=False))
+    prober.run(0.01)
+    for session in sessions:
+        prober.becomes(session, Peer())
+    prober.run(5.0)
+    assert not prober.sessions
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{INTERVAL: "301"}, {MAX_INTERVAL: "29"}, {INTERVAL: "7", MAX_INTERVAL: "6.5"}, {INTERVAL: "300.000001"}],
+)
 def test_interval_over_max_interval_is_refused_with_both_values(values: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="must not be greater") as refused:
         read(**values)

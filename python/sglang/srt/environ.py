@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from typing import TYPE_CHECKING
+
+from sglang_failed_session_probe.printable import printable_repr as _probe_printable_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +27,12 @@ _PROBE_CONCURRENCY = "SGLANG_FAILED_SESSION_PROBE_CONCURRENCY"
 
 _PROBE_TRUE_WORDS = ("true", "1", "yes", "y", "on")
 _PROBE_FALSE_WORDS = ("false", "0", "no", "n", "off")
+# float() and int() take more than an operator can mean: 1_0, digits of any script, signs.
+_PROBE_SECONDS = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_PROBE_COUNT = re.compile(r"0*([1-9][0-9]{0,4})")
+# What a thousand sessions are divided by must leave a number.
+_PROBE_LEAST_S = 1e-300
+_PROBE_MOST = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +64,8 @@ class FailedSessionProbeSettings:
         )
         if settings.interval_s > settings.max_interval_s:
             raise ValueError(
-                f"{_PROBE_INTERVAL}={settings.interval_s:g} is not allowed: "
-                f"it must not be greater than {_PROBE_MAX_INTERVAL}={settings.max_interval_s:g}."
+                f"{_PROBE_INTERVAL}={settings.interval_s:.15g} is not allowed: "
+                f"it must not be greater than {_PROBE_MAX_INTERVAL}={settings.max_interval_s:.15g}."
             )
         return settings
 
@@ -69,7 +78,7 @@ class FailedSessionProbeSettings:
 
 
 def _probe_setting_refused(name: str, value: str, allowed: str) -> ValueError:
-    return ValueError(f"{name}={value!r} is not allowed: set it to {allowed}, or unset it.")
+    return ValueError(f"{name}={_probe_printable_repr(value)} is not allowed: set it to {allowed}, or unset it.")
 
 
 def _probe_flag(environment: Mapping[str, str], name: str, default: bool) -> bool:
@@ -87,14 +96,12 @@ def _probe_seconds(environment: Mapping[str, str], name: str, default: float, ze
     value = environment.get(name, "").strip()
     if not value:
         return default
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if math.isfinite(seconds) and (seconds > 0 or (zero_allowed and seconds == 0)):
+    seconds = float(value) if _PROBE_SECONDS.fullmatch(value) else math.nan
+    if (0 if zero_allowed else _PROBE_LEAST_S) <= seconds < math.inf:
         return seconds
+    least = f", {_PROBE_LEAST_S:g} at least" if 0 < seconds < _PROBE_LEAST_S else ", such as 2.5"
     raise _probe_setting_refused(
-        name, value, f"a finite number of seconds {'of 0 or more' if zero_allowed else 'greater than 0'}"
+        name, value, f"a finite number of seconds {'of 0 or more' if zero_allowed else 'greater than 0'}{least}"
     )
 
 
@@ -102,9 +109,10 @@ def _probe_count(environment: Mapping[str, str], name: str, default: int) -> int
     value = environment.get(name, "").strip()
     if not value:
         return default
-    if value.isascii() and value.isdigit() and int(value) > 0:
-        return int(value)
-    raise _probe_setting_refused(name, value, "a whole number greater than 0")
+    digits = _PROBE_COUNT.fullmatch(value)
+    if digits and int(digits[1]) <= _PROBE_MOST:
+        return int(digits[1])
+    raise _probe_setting_refused(name, value, f"a whole number greater than 0, {_PROBE_MOST} at most")
 
 
 def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
