@@ -28,7 +28,7 @@ from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap
 from sglang.srt.disaggregation.mooncake.probe_workers import Workers
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads, _Page
 from sglang.srt.disaggregation.mooncake.session_states import Session
-from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
+from sglang.srt.disaggregation.mooncake.session_watch import Said, SessionWatch
 from sglang.srt.observability import failed_session_metrics as metrics
 from sglang.srt.observability.failed_session_log import FailedSessionLog
 from sglang.srt.observability.failed_session_metrics import FailedSessionMetrics
@@ -600,12 +600,14 @@ BREAKS = [
         PATCH_TESTS,
     ),
     Break(
-        "raising probes are said up to a bound",
+        "raising probes are said once",
         FailedSessionLog.probe_raised,
-        " or len(self._raising) >= session_watch.SAID_LIMIT",
-        "",
+        "not self._raising.is_new(session)",
+        "False",
         LOG_TESTS,
     ),
+    Break("what was said long ago is forgotten", Said.is_new, "len(self._latest) > SAID_LIMIT", "False", LOG_TESTS),
+    Break("what is said is one of the latest", Said.is_new, "        self._latest.move_to_end(said)\n", "", LOG_TESTS),
     Break("log lines are summed up", FailedSessionLog._say, "if spell.said < LINES_IN_A_SPELL:", "if True:", LOG_TESTS),
     Break(
         "left out log lines are counted",

@@ -262,12 +262,29 @@ def test_probes_that_hang_up_to_their_bound_are_said_once_until_half_have_come_b
     assert told == [(32, "WARNING", text)] * 2
 
 
-def test_sessions_whose_probes_raise_are_said_up_to_a_bound(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_whose_probes_raise_are_said_once_and_again_when_they_are_not_of_the_latest(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is kept to say it once must not grow with what comes in from outside."""
     monkeypatch.setattr(session_watch, "SAID_LIMIT", 5)
-    for session in RACK[:12]:
-        story.log.probe_raised(session, RuntimeError("broken"))
-    assert len(story.lines()) == 5
+
+    def raising(*sessions: str) -> list[str]:
+        for session in sessions:
+            story.log.probe_raised(session, RuntimeError("broken"))
+        return [text.split()[2] for _, text in story.lines()]
+
+    assert raising(*RACK[:5], *RACK[:5]) == RACK[:5]
+    assert raising(RACK[0], RACK[5], RACK[0]) == [RACK[5]]
+    assert raising(RACK[1]) == [RACK[1]], "silent for good"
+
+
+def test_a_stream_of_malformed_ids_says_no_more_than_a_spell_allows(story: Story) -> None:
+    story.hear(Event.MALFORMED, *(f"no session {number}" for number in range(1000)))
+    assert len(story.lines()) == LINES_IN_A_SPELL
+    story.now = SPELL_S
+    story.log.sum_up()
+    ((_, line),) = story.lines()
+    assert line.startswith("Failed-session probe: session ids that are not host:port: 980 more")
 
 
 def test_a_loop_that_sleeps_and_wakes_all_the_time_sums_up_once_a_spell(story: Story) -> None:

@@ -1117,12 +1117,27 @@ def test_host_and_port_are_a_session_id(session: str) -> None:
     assert prober.let_in(session)
 
 
-def test_a_stream_of_malformed_ids_is_said_up_to_a_bound() -> None:
+def test_a_malformed_id_is_said_once_and_in_a_stream_of_them_again_when_it_is_not_one_of_the_latest() -> None:
     prober = VirtualProber(idle_timeout_s=100.0)
-    prober.fail(*(f"no session {number}" for number in range(SAID_LIMIT + 500)), peer=HEALTHY)
+    stream = [f"no session {number}" for number in range(SAID_LIMIT)]
+    prober.fail("again and again", *stream[1:], "again and again", *stream[1:], peer=HEALTHY)
+    assert [len(prober.seen(Event.MALFORMED, session)) for session in ("again and again", *stream[1:])] == [
+        1
+    ] * SAID_LIMIT
+    prober.fail("the last straw", *stream[1:], peer=HEALTHY)
+    prober.fail("again and again", stream[1], peer=HEALTHY)
+    assert len(prober.seen(Event.MALFORMED, "again and again")) == 2, "silent for good"
+    assert len(prober.seen(Event.MALFORMED, "the last straw")) == 1
     prober.run(101)
-    assert len(prober.seen(Event.MALFORMED)) == SAID_LIMIT
     assert prober.sessions == set()
+
+
+def test_nothing_is_kept_of_what_was_said_long_ago() -> None:
+    prober = VirtualProber()
+    for number in range(3 * SAID_LIMIT):
+        prober.fail(f"no session {number}", peer=HEALTHY)
+        prober.register(f"no session {number}")
+    assert len(prober.watch._malformed_said._latest) == SAID_LIMIT
 
 
 # What logs and metrics are told.

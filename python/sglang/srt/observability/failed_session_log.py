@@ -43,13 +43,13 @@ class FailedSessionLog:
         )
         self._clock = clock
         self._spells: dict[str, _Spell] = {}
-        self._raising: set[str] = set()
+        self._raising = session_watch.Said()
         self._crowded = False
 
     def heard(self, event: Event, session: Any, details: dict[str, Any]) -> None:
         """Says what happened to the session."""
         if event in (Event.RECOVERED, Event.DROPPED):
-            self._raising.discard(session)
+            self._raising.forget(session)
         if event is Event.BLACKLISTED and not details["relapses"] and session_watch.is_session_id(session):
             self._say(
                 logging.WARNING,
@@ -102,7 +102,9 @@ class FailedSessionLog:
                 details["refused"],
             )
         elif event is Event.MALFORMED:
-            logger.warning(
+            self._say(
+                logging.WARNING,
+                "session ids that are not host:port",
                 "Session id %s is not host:port with a port from 1 to 65535: it is never probed",
                 printable_repr(session),
             )
@@ -130,9 +132,8 @@ class FailedSessionLog:
 
     def probe_raised(self, session: str, error: BaseException) -> None:
         """Says it once a session, until that is let in again or forgotten."""
-        if session in self._raising or len(self._raising) >= session_watch.SAID_LIMIT:
+        if not self._raising.is_new(session):
             return
-        self._raising.add(session)
         self._say(
             logging.WARNING,
             "sessions whose probes raise",

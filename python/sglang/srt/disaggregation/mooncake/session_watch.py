@@ -12,7 +12,7 @@ import itertools
 import random
 import re
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Optional
 
@@ -42,7 +42,7 @@ ROUND_S_PER_SESSION = 0.0005
 BATCH = 32
 # A look whether a peer cuts probes short costs as much as two more probes, so there are ten a second at most.
 LISTEN_GAP_S = 0.1
-# Malformed session ids that are said, once each: what comes in from outside must not grow without a bound.
+# What is said once a session is remembered of so many: what comes in from outside must not grow without a bound.
 SAID_LIMIT = 1000
 
 _SESSION_ID = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([1-9][0-9]{0,4})")
@@ -66,6 +66,27 @@ class Event(enum.Enum):
     MALFORMED = "malformed"
     VERIFICATION_OFF = "verification off"
     FAULT = "fault"  # error (a traceback)
+
+
+class Said:
+    """Of which sessions something was said already: the latest SAID_LIMIT. Any thread."""
+
+    def __init__(self) -> None:
+        self._latest: OrderedDict[int, None] = OrderedDict()  # hashes: an id may be of any length
+
+    def is_new(self, session: Hashable) -> bool:
+        """True if it has not been said of the session, or so long ago that it is forgotten. From now on it has been."""
+        said = hash(session)
+        is_new = said not in self._latest
+        self._latest[said] = None
+        self._latest.move_to_end(said)
+        if len(self._latest) > SAID_LIMIT:
+            self._latest.popitem(last=False)
+        return is_new
+
+    def forget(self, session: Hashable) -> None:
+        """It is to be said of the session anew."""
+        self._latest.pop(hash(session), None)
 
 
 class SessionWatch:
@@ -101,7 +122,7 @@ class SessionWatch:
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
         self._listen_at = 0.0
-        self._malformed_said: set[Any] = set()
+        self._malformed_said = Said()
         self._fault_said = False
         self.sessions = FailedSessions(self)
         self.sessions.update(blacklisted)
@@ -128,8 +149,7 @@ class SessionWatch:
         self._check_end(known, now)
         if is_session_id(session):
             self._carry_out(known, decision, now)
-        elif session not in self._malformed_said and len(self._malformed_said) < SAID_LIMIT:
-            self._malformed_said.add(session)
+        elif self._malformed_said.is_new(session):
             self._tell(Event.MALFORMED, session)
         self._wake()
 
