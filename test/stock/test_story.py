@@ -7,6 +7,7 @@ import time
 from collections import Counter
 
 import pytest
+from installation import MOONCAKE
 from nodes import ENABLE, Node, Refused, Start, Story, counts, is_blacklisted, is_served, play_story, recovers
 
 pytestmark = pytest.mark.every_release
@@ -19,7 +20,6 @@ OUR_METHODS = [
     "MooncakeTransferEngine.send_probe",
 ]
 LOOP_STARTED = "Starting failed-session probe loop (interval=30.0s)"
-MOONCAKE = "0.3.13.post1"
 SECONDS = [
     "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S",
     "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S",
