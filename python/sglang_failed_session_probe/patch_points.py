@@ -1,19 +1,20 @@
 """Does the patch fit this SGLang? Reads the files of an unedited release; imports neither SGLang nor what it needs.
 
 What the patch refuses at run time with an ERROR line is ``missing`` here, in the same words, where the code leaves no
-doubt. ``doubts`` are the rest. How each place uses the blacklist, and whether with the lock held, is not looked at: the
-tests on every stock release see that.
+doubt; ``doubts`` is what looks odd and may work. Who else uses the blacklist, and whether with the lock held, is not
+read here: the matrix runs every stock release.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Optional
 
 from sglang_failed_session_probe.own_files import source_folder
@@ -27,14 +28,10 @@ _MANAGER = "MooncakeKVManager"
 _ENGINE_CLASS = "MooncakeTransferEngine"
 _ROLE = "disaggregation_mode"
 _BLACKLIST = "failed_sessions"
-_LOCK = "session_lock"
-_FIELD_TYPES = ("EnvBool", "EnvFloat", "EnvInt")
-
-_WRITERS = frozenset(
-    name for name in dir(set) if name in ("add", "discard", "remove", "clear", "pop") or "update" in name
-)
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-
+_THE_SET = f"self.{_BLACKLIST}"
+_WRITERS = ("add", "update", "discard", "remove", "pop", "clear")
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Names = dict[str, tuple[str, ast.stmt]]
 SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 ON_BY_DEFAULT = f"{SWITCH} is on by default"
 
@@ -97,159 +94,51 @@ def examine(folder: pathlib.Path) -> PatchPoints:
     return _Examination(folder).result()
 
 
-# Reading files.
+# Reading code.
 
 
-class _Attributes(ast.NodeVisitor):
-    """What the methods of a class do with attributes of ``self``, without what only a DECODE manager does."""
-
-    def __init__(self, node: ast.ClassDef) -> None:
-        self.made: dict[str, ast.expr] = {}  # by name: the first value that is assigned
-        self.writes: list[tuple[str, str, int]] = []  # of the blacklist: the set's method, ours, the line
-        self.has_second_name = False  # given to the blacklist by the constructor
-        self._function = ""
-        for statement in node.body:
-            self.visit(statement)
-
-    def visit_FunctionDef(self, node: Function) -> None:
-        before = self._function
-        self._function = f"{before}.{node.name}" if before else node.name
-        self.generic_visit(node)
-        self._function = before
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_If(self, node: ast.If) -> None:
-        role = _role_asked_for(node.test)
-        for statement in (*(node.body if role != "DECODE" else ()), *(node.orelse if role != "PREFILL" else ())):
-            self.visit(statement)
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        for target in node.targets:
-            self._assigned(target, node.value)
-        of_two = len(node.targets) > 1 and any(map(_is_blacklist, node.targets))
-        to_attribute = any(isinstance(target, ast.Attribute) for target in node.targets)
-        if self._function == "__init__" and (of_two or (to_attribute and _is_blacklist(node.value))):
-            self.has_second_name = True
-        self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None:
-            self._assigned(node.target, node.value)
-        self.generic_visit(node)
-
-    def _assigned(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, (ast.Tuple, ast.List)):
-            values = value.elts if isinstance(value, (ast.Tuple, ast.List)) else [value] * len(target.elts)
-            for each, its_value in zip(target.elts, values, strict=False):
-                self._assigned(each, its_value)
-        elif isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self":
-            self.made.setdefault(target.attr, value)
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        if _is_blacklist(node.target):
-            self.writes.append(("update", self._function, node.lineno))
-        self.generic_visit(node)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        called = node.func
-        if isinstance(called, ast.Attribute) and called.attr in _WRITERS and _is_blacklist(called.value):
-            self.writes.append((called.attr, self._function, node.lineno))
-        self.generic_visit(node)
-
-
-def _is_blacklist(node: ast.expr) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr == _BLACKLIST
-
-
-def _role_asked_for(test: ast.expr) -> str:
-    """PREFILL or DECODE if the test is ``... == ....PREFILL`` or so, empty for any other."""
-    if isinstance(test, ast.Compare) and isinstance(test.ops[0], (ast.Eq, ast.Is)) and len(test.ops) == 1:
-        for side in (test.left, *test.comparators):
-            if isinstance(side, ast.Attribute) and side.attr in ("PREFILL", "DECODE"):
-                return side.attr
-    return ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Class:
-    module: str
-    path: pathlib.Path
-    node: ast.ClassDef
-
-    def methods(self) -> dict[str, Function]:
-        return {node.name: node for node in self.node.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
-
-
-class _Release:
-    """The modules of a release, parsed when they are asked for."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self._trees: dict[pathlib.Path, Optional[ast.Module]] = {}
-
-    def path(self, module: str) -> pathlib.Path:
-        place = self.folder.joinpath(*module.split(".")[1:])
-        return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-
-    def tree(self, module: str) -> Optional[ast.Module]:
-        """None if the module is not there, or cannot be read by this Python."""
-        path = self.path(module)
-        if path not in self._trees:
-            self._trees[path] = _parsed(path)
-        return self._trees[path]
-
-    def classes(self, module: str, name: str) -> list[_Class]:
-        """The class and, after it, those of its base classes that are SGLang's."""
-        tree = self.tree(module) if module.split(".")[0] == "sglang" else None
-        for node in _statements(tree.body) if tree else ():
-            if isinstance(node, ast.ClassDef) and node.name == name:
-                bases = [each for base in node.bases for each in self.classes(module, ast.unparse(base))]
-                return [_Class(module, self.path(module), node), *bases]
-            if isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    if (alias.asname or alias.name) == name:
-                        return self.classes(_imported_from(module, node), alias.name)
-        return []
-
-
-def _parsed(path: pathlib.Path) -> Optional[ast.Module]:
-    try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
     """What runs when a module is imported, branches included."""
-    for node in body:
-        yield node
-        for branch in ("body", "orelse", "finalbody"):
-            if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield from _statements(getattr(node, branch, []))
-        for handler in getattr(node, "handlers", []):
-            yield from _statements(handler.body)
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, ast.ClassDef | _Function):
+            yield from _at_import(child)
 
 
-def _imported_from(module: str, node: ast.ImportFrom) -> str:
-    parents = module.split(".")[: -node.level] if node.level else []
-    return ".".join([*parents, *([node.module] if node.module else [])])
+def _on_prefill(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it, without what only a DECODE manager runs."""
+    yield node
+    left_out: list[ast.stmt] = []
+    if isinstance(node, ast.If) and (asked := re.search(r" (?:==|is) .*\.(PREFILL|DECODE)$", ast.unparse(node.test))):
+        left_out = node.orelse if asked.group(1) == "PREFILL" else node.body
+    for child in ast.iter_child_nodes(node):
+        if child not in left_out:
+            yield from _on_prefill(child)
 
 
-def _bound(statements: Iterator[ast.stmt] | list[ast.stmt]) -> dict[str, tuple[str, int]]:
-    """The names that statements bind: where each is imported from, empty if it is made here, and the line."""
-    names: dict[str, tuple[str, int]] = {}
+def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """The targets of an assignment, each with its value."""
+    if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                yield from zip(target.elts, node.value.elts, strict=False)
+            else:
+                yield target, node.value
+
+
+def _bound(statements: Iterable[ast.AST]) -> _Names:
+    """The names that statements bind: where each is imported from, empty if it is made here, and the statement."""
+    names: _Names = {}
     for node in statements:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            names[node.name] = "", node.lineno
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in (each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)):
-                names[name.id] = "", node.lineno
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        if isinstance(node, ast.ClassDef | _Function):
+            names.setdefault(node.name, ("", node))
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = [each for target, _ in _assigned(node) for each in ast.walk(target)]
+            names = {each.id: ("", node) for each in targets if isinstance(each, ast.Name)} | names
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                names[alias.asname or alias.name.split(".")[0]] = f"{origin}{alias.name}", node.lineno
+                names.setdefault(alias.asname or alias.name.split(".")[0], (f"{module}{alias.name}", node))
     return names
 
 
@@ -261,139 +150,151 @@ class _Examination:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
-        self._release = _Release(folder)
+        self._trees: dict[str, Optional[ast.Module]] = {}
         self._findings: list[Finding] = []
         self._missing: list[str] = []
         self._doubts: list[str] = []
 
     def result(self) -> PatchPoints:
         """All that can be said of it."""
-        if self._look_for_manager():
-            self._look_for_free_names(_CONN)
+        self._look_for_manager()
         self._look_for_engine()
         self._look_for_settings()
-        plugins = self._release.path(_PLUGINS)
-        has_plugins = plugins.is_file() and _PLUGINS in plugins.read_text()
-        self._note("plugins", plugins if has_plugins else None, needed=False)
+        self._note("plugins", self._where(_PLUGINS) if self._tree(_PLUGINS) else "", needed=False)
         return PatchPoints(release_of(self._folder), tuple(self._missing), tuple(self._doubts), tuple(self._findings))
 
-    def _note(self, name: str, path: Optional[pathlib.Path], line: int = 1, needed: bool = True) -> None:
-        where = f"{path.relative_to(self._folder.parent)}:{line}" if path else ""
-        self._findings.append(Finding(name, bool(path), where, needed))
+    def _path(self, module: str) -> pathlib.Path:
+        place = self._folder.joinpath(*module.split(".")[1:])
+        return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
-    def _need(self, name: str, missing: str, path: Optional[pathlib.Path], line: int = 1) -> None:
-        """Notes it, and that it is missing if there is no path."""
-        self._note(name, path, line)
-        if path is None:
+    def _tree(self, module: str) -> Optional[ast.Module]:
+        """None if the module is not there, or cannot be read by this Python."""
+        if module not in self._trees:
+            self._trees[module] = None
+            with contextlib.suppress(OSError, SyntaxError, ValueError):
+                self._trees[module] = ast.parse(self._path(module).read_bytes())
+        return self._trees[module]
+
+    def _names(self, module: str) -> _Names:
+        tree = self._tree(module) if module.startswith("sglang.") else None
+        return _bound(_at_import(tree)) if tree else {}
+
+    def _classes(self, module: str, name: str) -> list[tuple[str, ast.ClassDef]]:
+        """The class with its module and, after it, those of its base classes that are SGLang's."""
+        origin, node = self._names(module).get(name, ("", None))
+        if isinstance(node, ast.ClassDef):
+            return [(module, node), *(each for base in node.bases for each in self._classes(module, ast.unparse(base)))]
+        if isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
+            return self._classes(source, origin.rpartition(".")[2])
+        return []
+
+    def _where(self, module: str, node: Optional[ast.stmt | ast.expr] = None) -> str:
+        return f"{self._path(module).relative_to(self._folder.parent)}:{node.lineno if node else 1}"
+
+    def _note(self, name: str, where: str, missing: str = "", needed: bool = True) -> None:
+        """Notes where it is; if that is nowhere and there are words for it, that it is missing."""
+        self._findings.append(Finding(name, bool(where), where, needed))
+        if missing and not where:
             self._missing.append(missing)
 
-    def _doubt(self, name: str, doubt: str, path: pathlib.Path, line: int) -> None:
-        where = f"{path.relative_to(self._folder.parent)}:{line}"
-        self._findings.append(Finding(name, False, where))
-        self._doubts.append(f"{doubt} ({where})")
+    def _doubt(self, doubt: str, where: str = "") -> None:
+        self._findings.append(Finding(doubt, False, where))
+        self._doubts.append(f"{doubt} ({where})" if where else doubt)
 
-    def _look_for_manager(self) -> bool:
-        there, path = self._release.tree(_CONN) is not None, self._release.path(_CONN)
-        self._need(_CONN, f"{_CONN} that can be read" if path.is_file() else _CONN, path if there else None)
-        if not there:
-            return False
-        classes = self._release.classes(_CONN, _MANAGER)
-        line = classes[0].node.lineno if classes else 1
-        self._need(_MANAGER, f"{_CONN}.{_MANAGER}", classes[0].path if classes else None, line)
-        if classes:
-            self._look_for_role(classes)
-            self._look_for_attributes(classes)
-            own = classes[0].methods()
-            for name, methods in (
-                ("native probe", ("_failed_session_probe_loop", "_run_one_probe_pass")),
-                ("teardown", ("teardown",)),
-            ):
-                found = all(method in own for method in methods)
-                line = own[methods[0]].lineno if found else 1
-                self._note(name, classes[0].path if found else None, line, needed=False)
-        return True
+    def _look_for_name(self, module: str, name: str) -> None:
+        _, node = self._names(module).get(name, ("", None))
+        self._note(name, self._where(module, node) if node else "", f"{module}.{name}")
 
-    def _look_for_role(self, classes: list[_Class]) -> None:
-        for each in classes:
-            init = each.methods().get("__init__")
-            if init is not None:
-                names = [argument.arg for argument in (*init.args.posonlyargs, *init.args.args, *init.args.kwonlyargs)]
-                path = each.path if _ROLE in names else None
-                self._need(_ROLE, f"{_MANAGER}.__init__(..., {_ROLE}, ...)", path, init.lineno)
-                return
-        self._need(_ROLE, f"{_MANAGER}.__init__(..., {_ROLE}, ...)", None)
-
-    def _look_for_attributes(self, classes: list[_Class]) -> None:
-        attributes = [(each, _Attributes(each.node)) for each in classes]
-        for name in ("engine", _BLACKLIST, "session_failures", _LOCK):
-            makers = [(each.path, its.made[name]) for each, its in attributes if name in its.made]
-            path, value = makers[0] if makers else (None, None)
-            self._need(name, f"{_MANAGER}.{name}", path, value.lineno if value else 1)
-            if path and value:
-                self._look_at_kind(name, value, path)
-        if any(its.has_second_name for _, its in attributes):
-            self._need("failed_sessions has no second name", f"{_MANAGER}.{_BLACKLIST} without a second name", None)
-        writes = [(each.path, *write) for each, its in attributes for write in its.writes]
-        for path, method, function, line in writes:
-            self._note(f"failed_sessions: {method} in {function}", path, line)
-        if any(_BLACKLIST in its.made for _, its in attributes) and not any(write[1] == "add" for write in writes):
-            self._findings.append(Finding("failed_sessions: add", False, ""))
-            self._doubts.append(f"nothing adds to {_MANAGER}.{_BLACKLIST}")
-
-    def _look_at_kind(self, name: str, value: ast.expr, path: pathlib.Path) -> None:
-        """Is the attribute of the kind that the patch counts on?"""
-        said = ast.unparse(value)
-        short = said if len(said) <= 40 else f"{said[:40]}..."
-        if name == _BLACKLIST and not self._is_set(value, path):
-            self._missing.append(f"set {_MANAGER}.{name} (it is a {'dict' if said == '{}' else short})")
-        elif name == "session_failures" and not re.match(r"(\w+\.)*(defaultdict|dict|Counter)\(|\{", said):
-            self._doubt("session_failures is a dict", f"{_MANAGER}.{name} is no dict but {short}", path, value.lineno)
-        elif name == _LOCK and not re.fullmatch(r"(threading\.)?R?Lock\(\)", said):
-            doubt = f"{_MANAGER}.{name} is no threading.Lock() but {short}"
-            self._doubt("session_lock is a lock", doubt, path, value.lineno)
-
-    def _is_set(self, value: ast.expr, path: pathlib.Path) -> bool:
-        if isinstance(value, (ast.Set, ast.SetComp)):
-            return True
-        kind = getattr(value.func, "id", "") if isinstance(value, ast.Call) else ""
-        module = ".".join(["sglang", *path.relative_to(self._folder).with_suffix("").parts])
-        bases = [ast.unparse(base) for each in self._release.classes(module, kind) for base in each.node.bases]
-        return any(re.match(r"set\b|Set\b", name) for name in (kind, *bases))
-
-    def _look_for_free_names(self, module: str) -> None:
+    def _look_for_free_names(self, module: str, file: str) -> None:
         """Our file runs in SGLang's module: a name that both give a meaning of their own is taken."""
-        file = source_folder().joinpath(*module.split(".")).with_suffix(".py")
-        ours, theirs = _parsed(file), self._release.tree(module)
-        if ours is None or theirs is None:
+        theirs = self._names(module)
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # doctor names a file of ours that is broken
+            ours = ast.parse(source_folder().joinpath(*file.split(".")).with_suffix(".py").read_bytes())
+            for name, (origin, _) in _bound(ours.body).items():  # branches are for where SGLang is not
+                if name in theirs and not (origin and theirs[name][0] == origin):
+                    self._findings.append(Finding("names are free", False, self._where(module, theirs[name][1])))
+                    self._missing.append(f"free name {name} in {module}")
+
+    def _look_for_manager(self) -> None:
+        missing = f"{_CONN} that can be read" if self._path(_CONN).is_file() else _CONN
+        self._note(_CONN, self._where(_CONN) if self._tree(_CONN) else "", missing)
+        if self._missing:
             return
-        there = _bound(_statements(theirs.body))
-        for name, (origin, _) in _bound(ours.body).items():  # not what it binds only where SGLang has nothing
-            if name in there and not (origin and there[name][0] == origin):
-                self._findings.append(Finding("names are free", False, f"{file.name}:{there[name][1]}"))
-                self._missing.append(f"free name {name} in {module}")
+        self._look_for_name(_CONN, _MANAGER)
+        classes = self._classes(_CONN, _MANAGER)
+        methods = [(module, node) for module, each in classes for node in each.body if isinstance(node, _Function)]
+        if classes:
+            inits = [(module, node) for module, node in methods if node.name == "__init__"][:1]
+            takers = [self._where(*each) for each in inits if _ROLE in re.findall(r"\w+", ast.unparse(each[1].args))]
+            self._note(_ROLE, "".join(takers), f"{_MANAGER}.__init__(..., {_ROLE}, ...)")
+            self._look_for_attributes(methods)
+            own = {node.name: self._where(module, node) for module, node in methods if module == _CONN}
+            self._note("native probe", own.get("_failed_session_probe_loop", ""), needed=False)
+            self._note("teardown", own.get("teardown", ""), needed=False)
+        self._look_for_free_names(_CONN, _CONN)
+
+    def _look_for_attributes(self, methods: list[tuple[str, _Function]]) -> None:
+        made: dict[str, list[tuple[str, str, ast.expr]]] = {}  # by attribute: module, method, value
+        has_second_name = False
+        for module, method in methods:
+            for node in _on_prefill(method):
+                for target, value in _assigned(node):
+                    owner, _, name = ast.unparse(target).rpartition(".")
+                    if owner == "self":
+                        made.setdefault(name, []).append((module, method.name, value))
+                if isinstance(node, ast.Assign) and method.name == "__init__":
+                    same = [each for each in (*node.targets, node.value) if isinstance(each, ast.Attribute)]
+                    has_second_name |= len(same) > 1 and _THE_SET in map(ast.unparse, same)
+        for name in ("engine", _BLACKLIST, "session_failures", "session_lock"):
+            for module, _, value in made.get(name, [])[:1]:
+                self._look_at_kind(name, module, value)
+            if name not in made:
+                self._note(name, "", f"{_MANAGER}.{name}")
+        if has_second_name:
+            self._note(f"{_BLACKLIST} has no second name", "", f"{_MANAGER}.{_BLACKLIST} without a second name")
+        for module, method_name, value in made.get(_BLACKLIST, []):
+            if method_name != made[_BLACKLIST][0][1]:
+                self._doubt(f"{_MANAGER}.{_BLACKLIST} is made anew in {method_name}", self._where(module, value))
+        if _BLACKLIST in made:
+            self._look_for_writers(methods)
+
+    def _look_for_writers(self, methods: list[tuple[str, _Function]]) -> None:
+        is_filled = False
+        for module, method in methods:
+            for node in _on_prefill(method):
+                if isinstance(node, ast.Attribute) and node.attr in _WRITERS and ast.unparse(node.value) == _THE_SET:
+                    self._note(f"{_BLACKLIST}: {node.attr} in {method.name}", self._where(module, node))
+                    is_filled |= node.attr in ("add", "update")
+        if not is_filled:
+            self._doubt(f"nothing adds to {_MANAGER}.{_BLACKLIST}")
+
+    def _look_at_kind(self, name: str, module: str, value: ast.expr) -> None:
+        """Is the attribute of the kind that the patch counts on?"""
+        said, where = ast.unparse(value), self._where(module, value)
+        self._note(name, where)
+        kind = "dict" if said == "{}" else said.partition("(")[0]
+        bases = [ast.unparse(base) for _, each in self._classes(module, kind) for base in each.bases]
+        if name == _BLACKLIST and not any(re.match(r"(\w+\.)*[sS]et\b", each) for each in (kind, *bases)):
+            self._missing.append(f"set {_MANAGER}.{name} (it is a {kind.rpartition('.')[2]})")
+        elif name == "session_failures" and not re.match(r"(\w+\.)*(defaultdict|dict|Counter)\b", kind):
+            self._doubt(f"{_MANAGER}.{name} is no dict but {said}", where)
+        elif name == "session_lock" and not re.fullmatch(r"(threading\.)?R?Lock", kind):
+            self._doubt(f"{_MANAGER}.{name} is no threading.Lock() but {said}", where)
 
     def _look_for_engine(self) -> None:
-        there = [module for module in (_ENGINE, _OLD_ENGINE) if self._release.tree(module) is not None]
-        if not there:
-            self._findings.append(Finding(_ENGINE_CLASS, False, ""))
-            self._doubts.append(f"{_ENGINE_CLASS} is in neither of its two modules")
+        there = [module for module in (_ENGINE, _OLD_ENGINE) if self._tree(module)]
         for module in there:
-            tree = self._release.tree(module)
-            names = _bound(_statements(tree.body)) if tree else {}
-            path = self._release.path(module) if _ENGINE_CLASS in names else None
-            self._need(_ENGINE_CLASS, f"{module}.{_ENGINE_CLASS}", path, names.get(_ENGINE_CLASS, ("", 1))[1])
-            self._look_for_free_names(module)
+            self._look_for_name(module, _ENGINE_CLASS)
+            self._look_for_free_names(module, _ENGINE)
+        if not there:
+            self._doubt(f"{_ENGINE_CLASS} is in neither of its two modules")
 
     def _look_for_settings(self) -> None:
-        tree = self._release.tree(_ENVIRON)
-        names = _bound(_statements(tree.body)) if tree else {}
-        if "Envs" in names:
-            for name in _FIELD_TYPES:
-                path = self._release.path(_ENVIRON) if name in names else None
-                self._need(name, f"{_ENVIRON}.{name}", path, names.get(name, ("", 1))[1])
-            text = self._release.path(_ENVIRON).read_text()
-            default = re.search(rf"^ *{SWITCH} *= *EnvBool\(True\)", text, re.MULTILINE)
-            line = text.count("\n", 0, default.start()) + 1 if default else 1
-            path = self._release.path(_ENVIRON) if default else None
-            self._note(ON_BY_DEFAULT, path, line, needed=False)
-        self._look_for_free_names(_ENVIRON)
+        _, envs = self._names(_ENVIRON).get("Envs", ("", None))
+        if envs:
+            for name in ("EnvBool", "EnvFloat", "EnvInt"):
+                self._look_for_name(_ENVIRON, name)
+            on = [each for each in getattr(envs, "body", []) if ast.unparse(each) == f"{SWITCH} = EnvBool(True)"]
+            self._note(ON_BY_DEFAULT, self._where(_ENVIRON, on[0]) if on else "", needed=False)
+        self._look_for_free_names(_ENVIRON, _ENVIRON)

@@ -54,9 +54,7 @@ def test_it_fits_a_stock_release_and_every_finding_is_where_it_says(release: str
 @pytest.mark.parametrize("release", RELEASES)
 def test_it_names_the_methods_that_write_the_blacklist(release: str) -> None:
     names = {finding.name for finding in patch_points.examine(stock(release)).findings}
-    lifted = (
-        "discard in _unblacklist_session" if release == "0.5.23" else "remove in start_prefill_thread.bootstrap_thread"
-    )
+    lifted = "discard in _unblacklist_session" if release == "0.5.23" else "remove in start_prefill_thread"
     assert {"failed_sessions: add in transfer_worker", f"failed_sessions: {lifted}"} <= names
 
 
@@ -137,6 +135,7 @@ def small(folder: pathlib.Path, edits: dict[str, tuple[str, str]]) -> pathlib.Pa
     [
         {CONN: ("failed_sessions", "dead_sessions")},
         {CONN: ("set()", "{}")},
+        {CONN: ("set()", "collections.OrderedDict()")},
         {CONN: ("failed_sessions = set()", "failed_sessions = self.dead = set()")},
         {CONN: ("set()\n", "set()\n            self.dead = self.failed_sessions\n")},
         {CONN: ("session_failures", "failures")},
@@ -181,6 +180,15 @@ def test_what_makes_the_patch_raise_is_missing_too(
     assert missing in patch_points.examine(small(tmp_path, edits)).missing
 
 
+def test_a_name_that_is_taken_in_the_module_that_the_engine_was_in_up_to_0_5_8_is_missing(
+    tmp_path: pathlib.Path,
+) -> None:
+    folder = small(tmp_path, {})
+    older = folder / "srt/disaggregation/mooncake/transfer_engine.py"
+    older.write_text("class MooncakeTransferEngine: pass\n\ndef send_probe(): pass\n")
+    assert patch_points.examine(folder).missing == (f"free name send_probe in {patch_points._OLD_ENGINE}",)
+
+
 def test_a_small_release_fits_wherever_its_classes_have_the_attributes_from(tmp_path: pathlib.Path) -> None:
     init = "import threading\nclass Base:\n    def __init__(self):\n        self.session_lock = threading.Lock()\n"
     in_base_class = {
@@ -212,6 +220,10 @@ DOUBTS = {
         {r"failed_sessions\.add\(": "failed_sessions.union("},
         "nothing adds to MooncakeKVManager.failed_sessions",
     ),
+    "made anew": (
+        {r"( +)(def get_session_id\(self\):)": r"\1def forget_all(self):\n\1\1self.failed_sessions = set()\n\n\1\2"},
+        "MooncakeKVManager.failed_sessions is made anew in forget_all",
+    ),
 }
 
 
@@ -225,6 +237,12 @@ def test_it_doubts_a_release_in_which_the_probe_might_not_heal(
     assert points.missing == ()
     assert doubt in " ".join(points.doubts)
     assert f"{CONN}:" in " ".join(points.doubts) or "nothing adds" in doubt
+
+
+def test_it_doubts_a_release_whose_engine_class_is_elsewhere(tmp_path: pathlib.Path) -> None:
+    folder = small(tmp_path, {})
+    (folder / ENGINE).unlink()
+    assert patch_points.examine(folder).doubts == ("MooncakeTransferEngine is in neither of its two modules",)
 
 
 def test_a_lock_that_its_thread_may_take_twice_is_none_to_doubt(tmp_path: pathlib.Path) -> None:
