@@ -2,7 +2,7 @@
 
 import os
 
-_SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 # SGLang itself knows fewer words than we allow; it reads 1 and 0.
 _ON_WORDS = ("true", "1", "yes", "y", "on")
 _OFF_WORDS = ("false", "0", "no", "n", "off")
@@ -13,11 +13,11 @@ def activate() -> None:
 
     Both doors call this: the plugin entry point and the .pth file. May be called again. Imports SGLang never.
     """
-    value = os.environ.get(_SWITCH, "").strip().lower()
+    value = os.environ.get(SWITCH, "").strip().lower()
     if value in _ON_WORDS:
-        os.environ[_SWITCH] = "1"
+        os.environ[SWITCH] = "1"
     elif value in _OFF_WORDS:
-        os.environ[_SWITCH] = "0"
+        os.environ[SWITCH] = "0"
     # Any other value goes on, and stops the prefill node with a sentence when its manager is made.
     if value and value not in _OFF_WORDS:
         from sglang_failed_session_probe import patch

@@ -35,10 +35,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Optional
 
+from sglang_failed_session_probe import SWITCH as _SWITCH
 from sglang_failed_session_probe import patch_points
 from sglang_failed_session_probe.own_files import load_settings, source_folder
 from sglang_failed_session_probe.patch_points import ON_BY_DEFAULT, PatchPoints
-from sglang_failed_session_probe.patch_points import SWITCH as _SWITCH
 
 _DISTRIBUTION = "sglang-failed-session-probe"
 _PACKAGE = "sglang_failed_session_probe"

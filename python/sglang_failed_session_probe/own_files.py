@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 import sys
 import types
@@ -20,13 +19,11 @@ def load_settings() -> types.ModuleType:
     """Our ``sglang/srt/environ.py`` as a module of its own, whatever SGLang has. Raises OSError if it is not there."""
     name = f"{__package__}.settings_file"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, source_folder() / "sglang/srt/environ.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look for it there
+        file = source_folder() / "sglang/srt/environ.py"
+        code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+        sys.modules[name] = types.ModuleType(name)  # dataclasses look for it there
         try:
-            spec.loader.exec_module(module)
+            exec(code, vars(sys.modules[name]))
         except BaseException:
             del sys.modules[name]
             raise

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Optional
 
+from sglang_failed_session_probe import SWITCH
 from sglang_failed_session_probe.own_files import source_folder
 
 _CONN = "sglang.srt.disaggregation.mooncake.conn"
@@ -32,7 +33,6 @@ _THE_SET = f"self.{_BLACKLIST}"
 _WRITERS = ("add", "update", "discard", "remove", "pop", "clear")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Names = dict[str, tuple[str, ast.stmt]]
-SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 ON_BY_DEFAULT = f"{SWITCH} is on by default"
 
 
