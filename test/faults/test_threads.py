@@ -444,7 +444,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     logger = logging.Logger("told", logging.INFO)
     logger.addHandler(told)
     monkeypatch.setattr(conn, "_probe_logger", logger)
-    monkeypatch.setattr(failed_session_log, "_logger", logger)
+    monkeypatch.setattr(failed_session_log, "logger", logger)
     monkeypatch.setattr(failed_session_log, "LINES_IN_A_SPELL", sys.maxsize)
     return told
 

@@ -223,6 +223,18 @@ def test_a_listener_that_raises_leaves_sglang_with_a_plain_set() -> None:
     assert set(faults) == {("fault", session, "RuntimeError: a fault of our own") for session in (D, OTHER)}
 
 
+def test_a_listener_that_raises_when_all_are_taken_off_or_when_a_fault_is_told_harms_nobody() -> None:
+    class Worse(Notes):
+        def fault(self, session: Any, error: str) -> None:
+            raise MemoryError
+
+    for notes in (Notes(broken=True), Worse(broken=True)):
+        sessions = FailedSessions(notes)
+        sessions.add(D)
+        sessions.clear()
+        assert sessions == set()
+
+
 def broken_clock(clock: Clock) -> float:
     raise RuntimeError("a fault of our own")
 

@@ -6,6 +6,7 @@ takes no lock and never blocks.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import traceback
 from collections.abc import Callable, Container, Hashable, Iterable
@@ -69,7 +70,7 @@ class FailedSessions(set[Any]):
     def clear(self) -> None:
         """Takes every session off."""
         super().clear()
-        self._listener.cleared()
+        self._tell(lambda _: self._listener.cleared(), None)
 
     def pop(self) -> Any:
         """Removes and returns some session; raises KeyError if there is none."""
@@ -142,4 +143,5 @@ class FailedSessions(set[Any]):
         try:
             method(session)
         except Exception:
-            self._listener.fault(session, traceback.format_exc())
+            with contextlib.suppress(Exception):  # there may be no memory to tell it
+                self._listener.fault(session, traceback.format_exc())
