@@ -135,7 +135,9 @@ class Node:
         keep.emit = lambda record: self._lines.append(  # type: ignore[method-assign]
             (time.monotonic(), record.levelname, record.getMessage())
         )
-        logging.basicConfig(level=logging.INFO, handlers=[keep, logging.StreamHandler()])
+        as_mooncake = "%(levelname).1s%(asctime)s.%(msecs)03d %(message)s"
+        handlers = [keep, logging.StreamHandler()]
+        logging.basicConfig(level=logging.INFO, handlers=handlers, format=as_mooncake, datefmt="%m%d %H:%M:%S")
 
 
 def serve(role: str) -> None:

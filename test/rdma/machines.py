@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import socket
 import sys
 import tempfile
@@ -25,89 +26,75 @@ from image import Image, environment, image  # noqa: E402
 Direction = Literal["to", "back", "both"]  # towards the decode node, from it, or both
 HANDSHAKE, RDMA = "net0", ("net1", "net2")
 BOOT_S = 180.0  # 20 s on an idle machine
-QEMU = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-display", "none", "-no-reboot"]
+QEMU = "qemu-system-x86_64 -accel tcg,thread=multi -cpu max -m 2048 -nodefaults -display none -serial stdio -no-reboot"
+KERNEL_WORDS = "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0"
+GUEST_FILES = ("guest.py", "guest_node.py")
 
 
 class Lines:
-    """JSON lines to and from one end of a socket pair. Whatever waits for an answer has a deadline."""
+    """JSON lines to and from one end of a socket pair."""
 
     def __init__(self) -> None:
-        self._ours, theirs = socket.socketpair()
-        self.descriptor = theirs.detach()  # for the machine's process to inherit
-        self._file = self._ours.makefile("r")
+        self._ours, self._theirs = socket.socketpair()
+        self.descriptor = self._theirs.fileno()  # for the machine's process to inherit
+
+    def inherited(self) -> None:
+        """The machine has the other end now. With the machine it ends, and then nobody waits in vain."""
+        self._theirs.close()
 
     def send(self, message: dict[str, Any]) -> None:
         self._ours.sendall((json.dumps(message) + "\n").encode())
 
     def receive(self) -> Iterator[dict[str, Any]]:
         """Gives what comes until the machine has ended."""
-        with contextlib.suppress(OSError, ValueError):
-            yield from map(json.loads, self._file)
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-        self._ours.shutdown(socket.SHUT_RDWR)
-        self._ours.close()
+        with self._ours, contextlib.suppress(OSError), self._ours.makefile() as lines:
+            yield from map(json.loads, lines)
 
 
 class Machine:
-    """One of the two, number 1 or 2. ``cables`` are descriptors, a network each."""
+    """One of the two, number 1 or 2. ``cables`` are descriptors, a network each.
 
-    def __init__(self, number: int, parts: Image, devices: int, cables: list[int], folder: pathlib.Path) -> None:
+    ``folder`` is this machine's, and seen in the new one too.
+    """
+
+    def __init__(self, number: int, parts: Image, cables: list[int], folder: pathlib.Path) -> None:
         self.number = number
         self._agent, self._monitor = Lines(), Lines()
         self._ids = itertools.count(1)
         self._is_up: Future[Any] = Future()
         self._waiting: dict[int, Future[Any]] = {0: self._is_up}
         self._replies: list[Future[Any]] = []
-        self._plugged_in = set(range(devices + 1))
-        self.console = folder / f"console-{number}"
-        python = [sys.executable, str(HERE / "guest.py"), str(number), str(parts.preload), str(devices)]
-        inherited = [self._agent.descriptor, self._monitor.descriptor, *cables]
-        with self.console.open("w") as console:
+        self._console = folder / f"console-{number}"
+        devices = len(cables) - 1
+        program = f"{sys.executable} {folder / GUEST_FILES[0]} {number} {parts.preload} {devices}"
+        boot = ["-kernel", str(parts.kernel), "-initrd", str(parts.initrd), "-append", f"{KERNEL_WORDS} -- {program}"]
+        with self._console.open("w") as console:
             self._process = processes.start(
-                [*QEMU, *self._hardware(cables), *self._boot(parts, python)],
-                pass_fds=inherited,
+                [*QEMU.split(), *self._hardware(cables).split(), *boot],
+                pass_fds=[self._agent.descriptor, self._monitor.descriptor, *cables],
                 stdout=console,
                 stderr=console,
-                start_new_session=True,
             )
-        threading.Thread(target=self._read_agent, daemon=True).start()
-        threading.Thread(target=self._read_monitor, daemon=True).start()
+        for lines, read in ((self._agent, self._read_agent), (self._monitor, self._read_monitor)):
+            lines.inherited()
+            threading.Thread(target=read, daemon=True).start()
 
-    def _hardware(self, cables: list[int]) -> list[str]:
+    def _hardware(self, cables: list[int]) -> str:
         options = [
-            *(
-                "-nodefaults",
-                "-m",
-                os.environ.get("RDMA_MEMORY", "2048"),
-                "-device",
-                "virtio-serial",
-                "-serial",
-                "stdio",
-            ),
-            *("-chardev", f"socket,id=agent,fd={self._agent.descriptor}"),
-            *("-device", "virtserialport,chardev=agent,name=agent"),
-            *("-chardev", f"socket,id=monitor,fd={self._monitor.descriptor}", "-mon", "chardev=monitor,mode=control"),
-            *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
+            "-device virtio-serial -device virtserialport,chardev=agent,name=agent",
+            f"-chardev socket,id=agent,fd={self._agent.descriptor}",
+            "-mon chardev=monitor,mode=control",
+            f"-chardev socket,id=monitor,fd={self._monitor.descriptor}",
+            "-virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
         ]
         for place, cable in enumerate(cables):
-            card = (
-                f"virtio-net-pci,netdev=net{place},id=card{place},mac=52:54:00:00:{place:02}:{self.number:02},romfile="
-            )
+            mac = f"52:54:00:00:{place:02}:{self.number:02}"
             options += [
-                "-chardev",
-                f"null,id=nowhere-net{place}",
-                "-netdev",
-                f"socket,id=net{place},fd={cable}",
-                "-device",
-                card,
+                f"-netdev socket,id=net{place},fd={cable}",
+                f"-device virtio-net-pci,netdev=net{place},id=card{place},mac={mac},romfile=",
+                f"-chardev null,id=nowhere-net{place}",
             ]
-        return options
-
-    def _boot(self, parts: Image, program: list[str]) -> list[str]:
-        words = "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0 --"
-        return ["-kernel", str(parts.kernel), "-initrd", str(parts.initrd), "-append", " ".join([words, *program])]
+        return " ".join(options)
 
     def wait_until_up(self) -> None:
         """Waits until it takes commands."""
@@ -126,20 +113,15 @@ class Machine:
         self._agent.send({"id": number, "what": what, "with": arguments})
         return future
 
-    def plug(self, network: str, plugged_in: bool) -> None:
-        """Puts the cable of a network in or out on this side, which this machine's kernel sees."""
-        self._execute("set_link", name=network.replace("net", "card"), up=plugged_in)
-
     @contextlib.contextmanager
     def unplugged(self, *networks: str) -> Iterator[None]:
-        """Cables are out on this side meanwhile."""
-        try:
+        """Cables are out on this side meanwhile, which this machine's kernel sees."""
+        with contextlib.ExitStack() as plug_in:
             for network in networks:
-                self.plug(network, False)
+                card = network.replace("net", "card")
+                plug_in.callback(self._execute, "set_link", name=card, up=True)
+                self._execute("set_link", name=card, up=False)
             yield
-        finally:
-            for network in networks:
-                self.plug(network, True)
 
     def drop(self, network: str, queue: Literal["tx", "rx", "all"]) -> None:
         """From now on packets vanish that this machine sends (``rx``: QEMU's network receives them), or that it is sent
@@ -170,7 +152,7 @@ class Machine:
 
     def said(self) -> str:
         """The end of what its kernel and its first program have printed."""
-        return self.console.read_text(errors="replace")[-3000:]
+        return self._console.read_text(errors="replace")[-3000:]
 
     def _read_agent(self) -> None:
         for message in self._agent.receive():
@@ -179,6 +161,8 @@ class Machine:
                 future.set_exception(AssertionError(f"machine {self.number}: {message['error']}"))
             else:
                 future.set_result(message["value"])
+        for future in (*self._waiting.values(), *self._replies):
+            future.set_exception(AssertionError(f"machine {self.number} has ended:\n{self.said()}"))
 
     def _read_monitor(self) -> None:
         for message in self._monitor.receive():
@@ -189,8 +173,6 @@ class Machine:
 
     def end(self) -> None:
         processes.end(self._process)
-        self._agent.close()
-        self._monitor.close()
 
 
 class Pair:
@@ -221,12 +203,14 @@ def pair(devices: int = 1) -> Iterator[Pair]:
     with contextlib.ExitStack() as running:
         running.enter_context(environment.locked("rdma-machines"))
         folder = pathlib.Path(running.enter_context(tempfile.TemporaryDirectory(prefix="rdma-")))
+        for name in GUEST_FILES:  # as they are now, whatever is edited meanwhile
+            shutil.copy(HERE / name, folder)
         cables = [[end.detach() for end in socket.socketpair()] for _ in range(devices + 1)]
-        machines = []
+        machines: list[Machine] = []
         try:
             for side in (0, 1):
                 ends = [cable[side] for cable in cables]
-                machines.append(Machine(side + 1, parts, devices, ends, folder))
+                machines.append(Machine(side + 1, parts, ends, folder))
                 running.callback(machines[-1].end)
         finally:
             for end in itertools.chain(*cables):
@@ -235,4 +219,4 @@ def pair(devices: int = 1) -> Iterator[Pair]:
         for machine in machines:
             machine.wait_until_up()
         environment.say(f"two machines with {devices} RDMA device(s) are up after {time.monotonic() - began:.0f} s")
-        yield Pair(*machines, devices)
+        yield Pair(machines[0], machines[1], devices)
