@@ -530,8 +530,8 @@ def test_a_forked_child_neither_counts_nor_keeps_its_dead_parent_in_the_sum(
     try:
         parent.process.kill()
         parent.process.wait(10)
-        other.blacklist("b:1")
-        assert shows(folder, BLACKLISTED, 1), (
+        other.blacklist("b:1", "b:2")
+        assert shows(folder, BLACKLISTED, 2), (
             "what a dead process had on its blacklist is counted as long as a child lives"
         )
     finally:
