@@ -40,21 +40,21 @@ INIT = """\
 #!/bin/busybox sh
 PATH=/bin
 /bin/busybox --install -s /bin
-mkdir /proc /sys /dev /host /over /root
+mkdir /proc /sys /dev /host /over /guest
 mount -t proc proc /proc
 mount -t devtmpfs dev /dev
 for module in $(cat /modules/in-order); do insmod /modules/$module; done
 mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose host /host
 mount -t tmpfs over /over
 mkdir /over/upper /over/work
-mount -t overlay -o lowerdir=/host,upperdir=/over/upper,workdir=/over/work overlay /root
-mount -t proc proc /root/proc
-mount -t sysfs sys /root/sys
-mount -t devtmpfs dev /root/dev
-mkdir -p /root/dev/shm
-mount -t tmpfs shm /root/dev/shm
-mount -t tmpfs run /root/run
-exec chroot /root $(sed 's/.* -- //' /proc/cmdline)
+mount -t overlay -o lowerdir=/host,upperdir=/over/upper,workdir=/over/work overlay /guest
+mount -t proc proc /guest/proc
+mount -t sysfs sys /guest/sys
+mount -t devtmpfs dev /guest/dev
+mkdir -p /guest/dev/shm
+mount -t tmpfs shm /guest/dev/shm
+mount -t tmpfs run /guest/run
+exec chroot /guest $(sed 's/.* -- //' /proc/cmdline)
 """
 
 
