@@ -252,7 +252,7 @@ def _say_waiting(waited_s: float) -> None:
 
 def _engine_towards(session: str, protocol: str) -> Any:
     """An engine under the address that this machine has towards the peer. Raises _CannotProbe."""
-    from sglang.srt.disaggregation.mooncake import session_probe
+    from sglang.srt.disaggregation.mooncake import session_probe, tent_probe
     from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
 
     os.environ["MOONCAKE_PROTOCOL"] = protocol
@@ -270,6 +270,10 @@ def _engine_towards(session: str, protocol: str) -> Any:
         raise _CannotProbe(
             f"{printable(str(error))} --verbose shows its log; --protocol tcp needs no device"
         ) from error
+    if tent_probe.is_on():  # a probe may end the process, and reads are not safe
+        raise _CannotProbe(
+            f"{session_probe.mooncake_version()} runs on TENT here: run this without MC_USE_TENT and MC_USE_TEV1"
+        )
     if not session_probe.can_probe(engine):
         raise _CannotProbe(
             f"{session_probe.mooncake_version()} cannot probe: install Mooncake "

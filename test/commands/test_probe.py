@@ -17,6 +17,17 @@ from sglang_failed_session_probe.probe import Answer, what_next
 
 OLD_MOONCAKE = "sglang-0.5.23+0.3.10.post2"
 
+# Its first line is what the file of an engine with TENT has.
+TENT_ENGINE = """# 8mooncake4tent
+import os, signal
+
+class TransferEngine:
+    def initialize(self, *arguments): return 0
+    def get_rpc_port(self): return 7001
+    def send_probe(self, session): os.kill(os.getpid(), signal.SIGSEGV)
+    register_memory = batch_transfer_async_read = transfer_sync_read = send_probe
+"""
+
 
 @pytest.fixture
 def decode(tmp_path: pathlib.Path) -> Iterator[Node]:
@@ -210,6 +221,17 @@ def test_an_old_mooncake_gets_one_line_with_the_version_that_can() -> None:
     (line,) = errors.splitlines()
     assert "0.3.10.post2" in line
     assert "0.3.11 or later" in line
+
+
+@pytest.mark.parametrize("variable", ["MC_USE_TENT", "MC_USE_TEV1"])
+def test_a_mooncake_on_tent_gets_one_line_and_is_neither_probed_nor_read(variable: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mooncake").mkdir()
+    (tmp_path / "mooncake" / "__init__.py").touch()
+    (tmp_path / "mooncake" / "engine.py").write_text(TENT_ENGINE)
+    status, output, errors = run("probe", "127.0.0.1:1", "--verify", "0x1000", in_front=tmp_path, **{variable: "1"})
+    assert (status, output) == (1, "")
+    (line,) = errors.splitlines()
+    assert "runs on TENT here: run this without MC_USE_TENT and MC_USE_TEV1" in line
 
 
 def test_beside_sglang_nothing_of_it_is_imported() -> None:
