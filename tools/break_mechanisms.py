@@ -130,17 +130,17 @@ BREAKS = [
     ),
     Break("the gap counts from when it was probed", Session._gap_s, "self.probed_at + gap_s - now", "gap_s"),
     Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
-    Break("a held session is probed seldom", Session._held_until, "return min(", "return 0.0 * min("),
+    Break("a held session is probed seldom", Session._probed_in_hold_at, "return min(", "return 0.0 * min("),
     Break(
         "settle",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_until())",
-        "self._hold_until()",
+        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
+        "self._hold_ends_at()",
     ),
     Break(
         "hold after a relapse",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_until())",
+        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
         "self.answered_since + settings.settle_s",
     ),
     Break("probed while it settles for long", Session._next, "min(ready_at, now + self.rules.interval_s)", "ready_at"),
@@ -704,7 +704,7 @@ BREAKS = [
     Break(
         "hold after a relapse, real engines",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_until())",
+        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
         "self.answered_since + settings.settle_s",
         f"{FAULTS}/test_flapping.py",
     ),
@@ -718,8 +718,8 @@ BREAKS = [
     Break(
         "settle, real engines",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_until())",
-        "self._hold_until()",
+        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
+        "self._hold_ends_at()",
         f"{FAULTS}/test_late_bytes.py",
     ),
 ]

@@ -70,11 +70,10 @@ def has_short_queue() -> bool:
 
     Then it may forget to go on with those that wait, and fail every later transfer to that peer, for good.
     """
-    over_tcp = os.environ.get("MOONCAKE_PROTOCOL") == "tcp" or "MC_FORCE_TCP" in os.environ
     # Mooncake takes its default of 1,024 for more than 65,535.
     longer = re.fullmatch("0*([0-9]{1,5})", os.environ.get("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", ""))
     is_long = longer is not None and _LONG_QUEUE <= int(longer[1]) <= _LONGEST_QUEUE
-    return over_tcp and not is_long and re.search(r" 0\.3\.13(\.post1)?$", mooncake_version()) is not None
+    return _is_told_to_use_tcp() and not is_long and re.search(r" 0\.3\.13(\.post1)?$", mooncake_version()) is not None
 
 
 def late_bytes_for_s() -> float:
@@ -91,9 +90,11 @@ def _over_rdma() -> bool:
 
     Asked for RDMA, Mooncake takes TCP all the same where it finds no device. In doubt it is TCP, which is waited for.
     """
-    if os.environ.get("MOONCAKE_PROTOCOL") == "tcp" or "MC_FORCE_TCP" in os.environ:
-        return False
-    return any(file.startswith("/dev/infiniband/uverbs") for file in _open_files())
+    return not _is_told_to_use_tcp() and any(file.startswith("/dev/infiniband/uverbs") for file in _open_files())
+
+
+def _is_told_to_use_tcp() -> bool:
+    return os.environ.get("MOONCAKE_PROTOCOL") == "tcp" or "MC_FORCE_TCP" in os.environ
 
 
 def _open_files() -> Iterator[str]:

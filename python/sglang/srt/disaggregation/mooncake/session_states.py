@@ -150,7 +150,7 @@ class Session:
         """A probe was not answered; ``refused`` if the peer's machine said so at once."""
         self.was_gone |= refused
         self.answered_since = self.late_since = self.reads_since = None
-        return ProbeAt(max(now + self._gap_s(now), self._held_until(now)))
+        return ProbeAt(max(now + self._gap_s(now), self._probed_in_hold_at(now)))
 
     def _gap_s(self, now: float) -> float:
         """Until the next probe of a peer that does not answer.
@@ -166,9 +166,9 @@ class Session:
         gap_s *= 1.0 + jitter * (2.0 * self.rules.jitter() - 1.0)
         return min(gap_s, self.rules.interval_s)
 
-    def _held_until(self, now: float) -> float:
-        """Until then an answer cannot let it in: it is probed seldom, and SETTLE before its hold ends."""
-        return min(self._hold_until() - self.rules.settings.settle_s, now + self.rules.interval_s)
+    def _probed_in_hold_at(self, now: float) -> float:
+        """No answer before its hold ends can let it in: it is probed SETTLE before that, and once an INTERVAL."""
+        return min(self._hold_ends_at() - self.rules.settings.settle_s, now + self.rules.interval_s)
 
     # Re-admission: answered, settled, held long enough, verified.
 
@@ -217,10 +217,10 @@ class Session:
         """What to do with a peer that answers."""
         assert self.answered_since is not None
         settings = self.rules.settings
-        ready_at = max(self.answered_since + settings.settle_s, self._hold_until())
+        ready_at = max(self.answered_since + settings.settle_s, self._hold_ends_at())
         if now < ready_at:
-            held_until = self._held_until(now)
-            at = held_until if now < held_until else min(ready_at, now + self.rules.interval_s)
+            in_hold_at = self._probed_in_hold_at(now)
+            at = in_hold_at if now < in_hold_at else min(ready_at, now + self.rules.interval_s)
             return ReadAt(at) if at == ready_at and self.rules.verifying else ProbeAt(at)
         if not self.rules.verifying:
             return LetIn(unverified=None)
@@ -370,7 +370,7 @@ class Session:
         self.failed_first_uses += 1
         return backoff_s(first_s, self.failed_first_uses - 1, settings.max_interval_s)
 
-    def _hold_until(self) -> float:
+    def _hold_ends_at(self) -> float:
         return self.blacklisted_at + self.hold_s
 
     def _begin_outage(self, now: float, hold_s: float) -> None:
