@@ -111,11 +111,12 @@ def nodes(
     """A prefill node and so many decode nodes that have met."""
     ours = not contender.let_in
     variables = {"MC_TRANSFER_TIMEOUT": str(timeout_s), "SGLANG_ENABLE_FAILED_SESSION_PROBE": str(int(ours))}
+    python = contender.python()  # here, because `cache` lets threads that ask at once each make the copy
 
     def start(place: int) -> Node:
         if place == 0:
-            return Node(pair.prefill, "prefill", "prefill", 0, contender.python(), **variables)
-        return Node(pair.decode, f"decode-{place}", "decode", DECODE_PORT + place, contender.python(), **variables)
+            return Node(pair.prefill, "prefill", "prefill", 0, python, **variables)
+        return Node(pair.decode, f"decode-{place}", "decode", DECODE_PORT + place, python, **variables)
 
     with contextlib.ExitStack() as running, concurrent.futures.ThreadPoolExecutor() as at_once:
         starting = [at_once.submit(start, place) for place in range(sessions + 1)]
