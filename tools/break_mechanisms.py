@@ -159,9 +159,10 @@ BREAKS = [
     Break(
         "fail-open grows with relapses",
         Session._opens_at,
-        "backoff_s(settings.interval_s, 2 * self.failed_first_uses, settings.max_interval_s)",
-        "settings.interval_s",
+        "backoff_s(first_s, 2 * self.failed_first_uses, settings.max_interval_s)",
+        "first_s",
     ),
+    Break("late fail-open over RDMA", Session._opens_at, "120.0 if self.rules.over_rdma else 0.0", "0.0"),
     Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),
     Break(
         "settles again once if nobody looked in time",
@@ -178,12 +179,10 @@ BREAKS = [
     Break(
         "reads that waited count no more once nothing can land",
         Session._settles_again,
-        "or now >= self.failed_at + self.rules.late_bytes_for_s",
+        "not can_land or ",
         "",
     ),
-    Break(
-        "the transport is found out", Prober.run, "= _session_probe.late_bytes_for_s()", "= float('inf')", CONN_TESTS
-    ),
+    Break("the transport is found out", Prober.run, "= _session_probe.is_over_rdma()", "= False", CONN_TESTS),
     Break(
         "pause after a failed read",
         Session._pause_s,

@@ -241,12 +241,12 @@ def test_the_start_is_told_in_one_line_with_versions_and_settings(
     ]
 
 
-def test_the_daemon_thread_finds_out_for_how_long_bytes_of_a_failed_transfer_land(
+def test_the_daemon_thread_finds_out_whether_it_is_rdma(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_probe, "late_bytes_for_s", lambda: 12.0)
+    monkeypatch.setattr(session_probe, "is_over_rdma", lambda: True)
     manager = make_manager(Engine())
-    assert wait_until(lambda: watch_of(manager).rules.late_bytes_for_s == 12.0)
+    assert wait_until(lambda: watch_of(manager).rules.over_rdma)
 
 
 def test_a_failure_wakes_the_sleeping_daemon_thread(make_manager: MakeManager) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import pathlib
 import socket
 import threading
@@ -736,28 +735,28 @@ def test_one_look_is_at_so_many_peers_and_the_others_come_next(watched: Watched)
     assert told == [32, 32, 16, 0]
 
 
-# For how long bytes of a failed transfer land.
+# Is it RDMA?
 
 
 @pytest.mark.parametrize(
-    ("open_file", "variables", "seconds"),
+    ("open_file", "variables", "is_rdma"),
     [
-        ("/dev/infiniband/uverbs0", {}, 12.0),
-        ("/dev/infiniband/uverbs0", {"MOONCAKE_PROTOCOL": "rdma"}, 12.0),
-        ("/dev/infiniband/uverbs0", {"MOONCAKE_PROTOCOL": "tcp"}, math.inf),
-        ("/dev/infiniband/uverbs0", {"MC_FORCE_TCP": "0"}, math.inf),
-        ("/dev/null", {}, math.inf),
+        ("/dev/infiniband/uverbs0", {}, True),
+        ("/dev/infiniband/uverbs0", {"MOONCAKE_PROTOCOL": "rdma"}, True),
+        ("/dev/infiniband/uverbs0", {"MOONCAKE_PROTOCOL": "tcp"}, False),
+        ("/dev/infiniband/uverbs0", {"MC_FORCE_TCP": "0"}, False),
+        ("/dev/null", {}, False),
     ],
 )
-def test_bytes_land_late_for_ever_but_over_rdma(
-    open_file: str, variables: dict[str, str], seconds: float, monkeypatch: pytest.MonkeyPatch
+def test_with_an_rdma_device_open_it_is_taken_for_rdma_unless_mooncake_was_told_to_use_tcp(
+    open_file: str, variables: dict[str, str], is_rdma: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MOONCAKE_PROTOCOL", "MC_FORCE_TCP"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(session_probe.os, "readlink", lambda path: open_file)
-    assert session_probe.late_bytes_for_s() == seconds
+    assert session_probe.is_over_rdma() is is_rdma
 
 
 def test_without_a_proc_folder_it_is_taken_for_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -765,4 +764,4 @@ def test_without_a_proc_folder_it_is_taken_for_tcp(monkeypatch: pytest.MonkeyPat
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(session_probe.os, "listdir", no_folder)
-    assert session_probe.late_bytes_for_s() == math.inf
+    assert not session_probe.is_over_rdma()

@@ -411,7 +411,7 @@ def test_a_peer_whose_reads_always_wait_is_let_in_after_half_of_interval() -> No
 def test_reads_that_waited_let_it_in_once_no_bytes_of_the_failed_transfer_can_land_any_more() -> None:
     """Over RDMA, where Mooncake gives a transfer up after 10 s."""
     prober = VirtualProber()
-    prober.watch.rules.late_bytes_for_s = 12.0
+    prober.watch.rules.over_rdma = True
     prober.fail(D, peer=Peer(read_takes=0.2))
     prober.run(20)
     assert prober.let_in(D) == [(pytest.approx(12.0, abs=1.3), None)]
@@ -616,6 +616,18 @@ def test_a_peer_that_cannot_be_verified_is_let_in_after_interval_with_the_reason
     prober.run(50)
     first_answer = next(entry.at for entry in prober.seen("answer", D) if entry.detail[1] is True)
     assert prober.let_in(D) == [(about(first_answer + 30), UNREADABLE)]
+
+
+def test_over_rdma_no_request_is_lost_while_mooncake_leaves_a_device_alone_whose_cable_was_out() -> None:
+    """For 30 s after its port is back. What can be written over RDMA can be read, so reads that fail mean more."""
+    prober = VirtualProber()
+    prober.watch.rules.over_rdma = True
+    prober.fail(D, OTHER, peer=DATA_PORT_REJECTED)
+    prober.run(80 + 30)
+    prober.becomes(D, HEALTHY)
+    prober.run(30)
+    assert prober.let_in(D) == [(pytest.approx(110.0, abs=1.3), None)]
+    assert prober.let_in(OTHER) == [(about(120.0), UNREADABLE)], "one that cannot be verified is kept out for good"
 
 
 def test_reads_that_fail_after_interval_let_their_peer_in_at_once() -> None:

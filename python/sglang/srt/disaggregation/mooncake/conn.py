@@ -130,7 +130,7 @@ class _FailedSessionProber:
     def run(self) -> None:
         """The body of the daemon thread; returns when ``shutdown`` is set."""
         self._thread = threading.current_thread()
-        self.watch.rules.late_bytes_for_s = _session_probe.late_bytes_for_s()
+        self.watch.rules.over_rdma = _session_probe.is_over_rdma()
         workers = _probe_workers.Workers(_WORKER_THREAD, self._make, self._inbox)
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():

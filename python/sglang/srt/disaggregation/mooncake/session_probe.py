@@ -11,7 +11,6 @@ import functools
 import heapq
 import importlib.util
 import itertools
-import math
 import mmap
 import os
 import pathlib
@@ -76,17 +75,8 @@ def has_short_queue() -> bool:
     return _is_told_to_use_tcp() and not is_long and re.search(r" 0\.3\.13(\.post1)?$", mooncake_version()) is not None
 
 
-def late_bytes_for_s() -> float:
-    """For how long after a failure bytes of the failed transfer may still land. Reads a folder; hold no lock.
-
-    Over TCP nobody gives them up. Over RDMA Mooncake does after nine attempts to connect anew, 9.6 to 10.6 s: within
-    that time they have been seen to land up to 2.2 s after the heal.
-    """
-    return 12.0 if _over_rdma() else math.inf
-
-
-def _over_rdma() -> bool:
-    """True if this process has an RDMA device open and Mooncake was not told to use TCP.
+def is_over_rdma() -> bool:
+    """True if this process has an RDMA device open and Mooncake was not told to use TCP. Reads a folder; hold no lock.
 
     Asked for RDMA, Mooncake takes TCP all the same where it finds no device. In doubt it is TCP, which is waited for.
     """
