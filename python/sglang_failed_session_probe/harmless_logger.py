@@ -13,6 +13,8 @@ from sglang_failed_session_probe.printable import printable, printable_repr
 def _shown(argument: object) -> object:
     if isinstance(argument, (int, float)):
         return argument
+    if isinstance(argument, dict):
+        return {name: _shown(value) for name, value in argument.items()}
     if isinstance(argument, list):
         return "\n  ".join(map(printable, argument))  # set in: no line of it looks like one of the log
     return printable(argument) if isinstance(argument, str) else printable_repr(argument)
@@ -22,7 +24,7 @@ class HarmlessLogger:
     """Logs under a name, and raises nothing. Any thread.
 
     All arguments but numbers are for ``%s``: a text is shown as ``printable``, a list of lines one below the other, and
-    anything else as ``printable_repr``.
+    anything else as ``printable_repr``. A single dict fills a text with ``%(name)s``.
     """
 
     def __init__(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 
 import pytest
 from installation import CHECKOUT
@@ -14,21 +15,24 @@ LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 
 
 def lines_of(file: pathlib.Path) -> list[str]:
-    """The format strings of all calls of a logger, or of `_say`, which has the level and the kind before it."""
+    """The format strings of all calls of a logger, and of each `_Line`, which has the level and the kind before it."""
     found = []
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in (*LEVELS, "_say"):
-            texts = node.args[2 if node.func.attr == "_say" else 0 :]
-            constants = (text.value for text in texts if isinstance(text, ast.Constant))
-            found += [text for text in constants if isinstance(text, str) and " " in text][:1]
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr in LEVELS:
+            texts = node.args
+        elif isinstance(called, ast.Name) and called.id == "_Line":
+            texts = node.args[2:]
+        else:
+            continue
+        constants = (text.value for text in texts if isinstance(text, ast.Constant))
+        found += [text for text in constants if isinstance(text, str) and " " in text][:1]
     return found
 
 
 def in_doc(line: str) -> str:
     """As the docs write it: what differs each time is an ellipsis."""
-    for mark in ("%s", "%r", "%d", "%g", "%.0f", "%.1f"):
-        line = line.replace(mark, "...")
-    return line.split("\n")[0]
+    return re.sub(r"%(\(\w+\))?([srdg]|\.[01]f)", "...", line).split("\n")[0]
 
 
 @pytest.mark.parametrize("line", [line for file in CODE for line in lines_of(file)])

@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang.srt.disaggregation.mooncake import session_probe, session_watch
 from sglang.srt.disaggregation.mooncake.session_watch import Event
@@ -22,11 +22,87 @@ LINES_IN_A_SPELL = 20
 SPELL_S = 10.0
 
 
-@dataclasses.dataclass
-class _Spell:
-    """From the first line of a kind on, SPELL_S long."""
+class _Line(NamedTuple):
+    """What is said of a session; ``kind`` names those that are summed up."""
 
     level: int
+    kind: str
+    text: str
+
+
+# Fields of the texts are the details of the event, and what ``FailedSessionLog.heard`` adds.
+_LINES = {
+    Event.BLACKLISTED: _Line(
+        logging.WARNING,
+        "sessions blacklisted",
+        "Session %(session)s is blacklisted, because a transfer to it failed: requests for it are refused; %(until)s",
+    ),
+    Event.UNREADABLE: _Line(
+        logging.WARNING,
+        "sessions that answer but cannot be verified",
+        "Session %(session)s answers probes, but %(why)s, so it stays blacklisted (for %(outage_s).1f s "
+        "by now). If it goes on, look at the data path between this node and that decode node%(other_cause)s",
+    ),
+    Event.CUTS_SHORT: _Line(
+        logging.WARNING,
+        "sessions that take connections but cut probes short",
+        "Session %(session)s takes connections but cuts every probe short (for %(outage_s).1f s by now): it "
+        "stays blacklisted until it answers or registers again. Mooncake before %(first_that_answers)s does that (look "
+        "at its version on that decode node), or a proxy for a process that is gone",
+    ),
+    Event.HELD: _Line(
+        logging.WARNING,
+        "sessions held after a relapse",
+        "Session %(session)s (relapse %(relapses)d) failed again soon after its recovery; held for %(hold_s)gs",
+    ),
+    Event.RECOVERED: _Line(
+        logging.INFO,
+        "sessions let in again",
+        "Session %(session)s recovered via probe; un-blacklisted (out for %(outage_s).1f s, %(refused)d requests "
+        "refused)",
+    ),
+    Event.DROPPED: _Line(
+        logging.INFO,
+        "blacklisted sessions forgotten",
+        "Forgot blacklisted session %(session)s: no request for %(idle_s).0fs (out for %(outage_s).1f s, "
+        "%(refused)d requests refused)",
+    ),
+    Event.MALFORMED: _Line(
+        logging.WARNING,
+        "session ids that are not host:port",
+        "Session id %(quoted_session)s is not host:port with a port from 1 to 65535: it is never probed",
+    ),
+    Event.VERIFICATION_OFF: _Line(
+        logging.WARNING,
+        "sessions that work though they cannot be read",
+        "Session %(session)s works though its memory cannot be read: reads prove nothing on this transport, so "
+        "from now on this process lets sessions in when they answer probes",
+    ),
+    Event.FAULT: _Line(
+        logging.ERROR,
+        "faults of its own",
+        "Failed-session probe: a fault of its own at session %(session)s, said once; SGLang is not affected\n"
+        "%(traceback)s",
+    ),
+}
+# Beside the line of Event.RECOVERED.
+_LET_IN_UNVERIFIED = _Line(
+    logging.WARNING,
+    "sessions let in without proof",
+    "Session %(session)s was let in on probation without proof that transfers work: it answers probes, but "
+    "%(unverified)s. If it fails again, look at the data path between this node and that decode node",
+)
+_PROBE_RAISED = _Line(
+    logging.WARNING,
+    "sessions whose probes raise",
+    "Probing session %(session)s raised %(error)s (said once); it is asked again",
+)
+
+
+@dataclasses.dataclass
+class _Spell:
+    """From the first time that a line is said on, SPELL_S long."""
+
     began: float
     said: int = 0
     left_out: int = 0
@@ -42,7 +118,7 @@ class FailedSessionLog:
             "it is probed until it can be used again" if can_probe else "it stays out until it registers again"
         )
         self._clock = clock
-        self._spells: dict[str, _Spell] = {}
+        self._spells: dict[_Line, _Spell] = {}
         self._raising = session_watch.Said()
         self._crowded = False
 
@@ -50,76 +126,20 @@ class FailedSessionLog:
         """Says what happened to the session."""
         if event in (Event.RECOVERED, Event.DROPPED):
             self._raising.forget(session)
-        if event is Event.BLACKLISTED and not details["relapses"] and session_watch.is_session_id(session):
-            self._say(
-                logging.WARNING,
-                "sessions blacklisted",
-                "Session %s is blacklisted, because a transfer to it failed: requests for it are refused; %s",
-                session,
-                self._until,
-            )
-        elif event is Event.UNREADABLE:
-            self._say(
-                logging.WARNING,
-                "sessions that answer but cannot be verified",
-                "Session %s answers probes, but %s, so it stays blacklisted (for %.1f s by now). If it goes on, look "
-                "at the data path between this node and that decode node%s",
-                session,
-                details["why"],
-                details["outage_s"],
-                self._other_cause,
-            )
-        elif event is Event.CUTS_SHORT:
-            self._say(
-                logging.WARNING,
-                "sessions that take connections but cut probes short",
-                "Session %s takes connections but cuts every probe short (for %.1f s by now): it stays blacklisted "
-                "until it answers or registers again. Mooncake before %s does that (look at its version on that decode "
-                "node), or a proxy for a process that is gone",
-                session,
-                details["outage_s"],
-                session_probe.FIRST_MOONCAKE_THAT_ANSWERS,
-            )
-        elif event is Event.HELD:
-            self._say(
-                logging.WARNING,
-                "sessions held after a relapse",
-                "Session %s (relapse %d) failed again soon after its recovery; held for %gs",
-                session,
-                details["relapses"],
-                details["hold_s"],
-            )
-        elif event is Event.RECOVERED:
-            self._say_recovered(session, details)
-        elif event is Event.DROPPED:
-            self._say(
-                logging.INFO,
-                "blacklisted sessions forgotten",
-                "Forgot blacklisted session %s: no request for %.0fs (out for %.1f s, %d requests refused)",
-                session,
-                details["idle_s"],
-                details["outage_s"],
-                details["refused"],
-            )
-        elif event is Event.MALFORMED:
-            self._say(
-                logging.WARNING,
-                "session ids that are not host:port",
-                "Session id %s is not host:port with a port from 1 to 65535: it is never probed",
-                printable_repr(session),
-            )
-        elif event is Event.VERIFICATION_OFF:
-            logger.warning(
-                "Session %s works though its memory cannot be read: reads prove nothing on this transport, "
-                "so from now on this process lets sessions in when they answer probes",
-                session,
-            )
-        elif event is Event.FAULT:
-            logger.error(
-                "Failed-session probe: a fault of its own at session %s, said once; SGLang is not affected\n%s",
-                session,
-                details["error"].splitlines(),
-            )
+        if event is Event.BLACKLISTED and (details["relapses"] or not session_watch.is_session_id(session)):
+            return  # the line of HELD or MALFORMED says it
+        fields = {
+            **details,
+            "session": session,
+            "quoted_session": printable_repr(session),
+            "until": self._until,
+            "other_cause": self._other_cause,
+            "first_that_answers": session_probe.FIRST_MOONCAKE_THAT_ANSWERS,
+            "traceback": details.get("error", "").splitlines(),
+        }
+        self._say(_LINES[event], fields)
+        if fields.get("unverified"):
+            self._say(_LET_IN_UNVERIFIED, fields)
 
     @functools.cached_property
     def _other_cause(self) -> str:
@@ -134,13 +154,7 @@ class FailedSessionLog:
         """Says it once a session, until that is let in again or forgotten."""
         if not self._raising.is_new(session):
             return
-        self._say(
-            logging.WARNING,
-            "sessions whose probes raise",
-            "Probing session %s raised %s (said once); it is asked again",
-            session,
-            error,
-        )
+        self._say(_PROBE_RAISED, {"session": session, "error": error})
 
     def page_refused(self, why: str) -> None:
         """Says that no peer's memory can be read for now."""
@@ -163,47 +177,28 @@ class FailedSessionLog:
     def sum_up(self, at_once: bool = False) -> None:
         """Says how many lines were left out in the spells that are over; with ``at_once`` in all, once in each."""
         now = self._clock()
-        for kind, spell in list(self._spells.items()):
+        for line, spell in list(self._spells.items()):
             over = now >= spell.began + SPELL_S
             if over:
-                self._spells.pop(kind, None)
+                self._spells.pop(line, None)
             if spell.left_out and (over or (at_once and not spell.summed_up)):
                 logger.log(
-                    spell.level,
+                    line.level,
                     "Failed-session probe: %s: %d more within %.1f s, not named one by one",
-                    kind,
+                    line.kind,
                     spell.left_out,
                     spell.last_left_out - spell.began,
                 )
                 spell.left_out, spell.summed_up = 0, True
 
-    def _say_recovered(self, session: Any, details: dict[str, Any]) -> None:
-        self._say(
-            logging.INFO,
-            "sessions let in again",
-            "Session %s recovered via probe; un-blacklisted (out for %.1f s, %d requests refused)",
-            session,
-            details["outage_s"],
-            details["refused"],
-        )
-        if details["unverified"]:
-            self._say(
-                logging.WARNING,
-                "sessions let in without proof",
-                "Session %s was let in on probation without proof that transfers work: it answers probes, but %s. "
-                "If it fails again, look at the data path between this node and that decode node",
-                session,
-                details["unverified"],
-            )
-
-    def _say(self, level: int, kind: str, text: str, *arguments: object) -> None:
+    def _say(self, line: _Line, fields: dict[str, Any]) -> None:
         """Says the line, or leaves it out for the sum of its kind."""
         self.sum_up()
         now = self._clock()
-        spell = self._spells.setdefault(kind, _Spell(level, now))
+        spell = self._spells.setdefault(line, _Spell(now))
         if spell.said < LINES_IN_A_SPELL:
             spell.said += 1
-            logger.log(level, text, *arguments)
+            logger.log(line.level, line.text, fields)
         else:
             spell.left_out += 1
             spell.last_left_out = now
