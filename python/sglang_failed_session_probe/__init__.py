@@ -4,8 +4,8 @@ import os
 
 SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 # SGLang itself knows fewer words than we allow; it reads 1 and 0.
-_ON_WORDS = ("true", "1", "yes", "y", "on")
-_OFF_WORDS = ("false", "0", "no", "n", "off")
+ON_WORDS = ("true", "1", "yes", "y", "on")
+OFF_WORDS = ("false", "0", "no", "n", "off")
 
 
 def activate() -> None:
@@ -14,12 +14,12 @@ def activate() -> None:
     Both doors call this: the plugin entry point and the .pth file. May be called again. Imports SGLang never.
     """
     value = os.environ.get(SWITCH, "").strip().lower()
-    if value in _ON_WORDS:
+    if value in ON_WORDS:
         os.environ[SWITCH] = "1"
-    elif value in _OFF_WORDS:
+    elif value in OFF_WORDS:
         os.environ[SWITCH] = "0"
     # Any other value goes on, and stops the prefill node with a sentence when its manager is made.
-    if value and value not in _OFF_WORDS:
+    if value and value not in OFF_WORDS:
         from sglang_failed_session_probe import patch
 
         patch.install()

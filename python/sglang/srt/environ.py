@@ -11,22 +11,17 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from sglang_failed_session_probe import OFF_WORDS as _PROBE_OFF_WORDS
+from sglang_failed_session_probe import ON_WORDS as _PROBE_ON_WORDS
+from sglang_failed_session_probe import SWITCH as _PROBE_SWITCH
 from sglang_failed_session_probe.printable import printable_repr as _probe_printable_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-_PROBE_ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 _PROBE_INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
 _PROBE_MAX_INTERVAL = "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S"
-_PROBE_IDLE_TIMEOUT = "SGLANG_FAILED_SESSION_IDLE_TIMEOUT_S"
-_PROBE_SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
-_PROBE_VERIFY = "SGLANG_FAILED_SESSION_PROBE_VERIFY"
-_PROBE_CONCURRENCY = "SGLANG_FAILED_SESSION_PROBE_CONCURRENCY"
-
-_PROBE_TRUE_WORDS = ("true", "1", "yes", "y", "on")
-_PROBE_FALSE_WORDS = ("false", "0", "no", "n", "off")
 # float() and int() take more than an operator can mean: 1_0, digits of any script, signs.
 _PROBE_SECONDS = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _PROBE_COUNT = re.compile(r"0*([1-9][0-9]{0,4})")
@@ -35,17 +30,26 @@ _PROBE_LEAST_S = 1e-300
 _PROBE_MOST = 10_000
 
 
+def _probe_setting(variable: str, default: Any, zero_allowed: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"variable": variable, "zero_allowed": zero_allowed})
+
+
 @dataclasses.dataclass(frozen=True)
 class FailedSessionProbeSettings:
     """The settings in force; durations are in seconds. Immutable, so any thread may read them."""
 
-    enabled: bool = False
-    interval_s: float = 30.0
-    max_interval_s: float = 300.0
-    idle_timeout_s: float = 600.0
-    settle_s: float = 1.0
-    verify: bool = True
-    concurrency: int = 16
+    enabled: bool = _probe_setting(_PROBE_SWITCH, False)
+    interval_s: float = _probe_setting(_PROBE_INTERVAL, 30.0)
+    max_interval_s: float = _probe_setting(_PROBE_MAX_INTERVAL, 300.0)
+    idle_timeout_s: float = _probe_setting("SGLANG_FAILED_SESSION_IDLE_TIMEOUT_S", 600.0)
+    settle_s: float = _probe_setting("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", 1.0, zero_allowed=True)
+    verify: bool = _probe_setting("SGLANG_FAILED_SESSION_PROBE_VERIFY", True)
+    concurrency: int = _probe_setting("SGLANG_FAILED_SESSION_PROBE_CONCURRENCY", 16)
+
+    @classmethod
+    def by_variable(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields by the environment variable that each is read from."""
+        return {field.metadata["variable"]: field for field in dataclasses.fields(cls)}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> FailedSessionProbeSettings:
@@ -53,21 +57,26 @@ class FailedSessionProbeSettings:
 
         Raises ValueError with one sentence that names the variable, its value and what is allowed.
         """
-        settings = cls(
-            enabled=_probe_flag(environment, _PROBE_ENABLE, cls.enabled),
-            interval_s=_probe_seconds(environment, _PROBE_INTERVAL, cls.interval_s),
-            max_interval_s=_probe_seconds(environment, _PROBE_MAX_INTERVAL, cls.max_interval_s),
-            idle_timeout_s=_probe_seconds(environment, _PROBE_IDLE_TIMEOUT, cls.idle_timeout_s),
-            settle_s=_probe_seconds(environment, _PROBE_SETTLE, cls.settle_s, zero_allowed=True),
-            verify=_probe_flag(environment, _PROBE_VERIFY, cls.verify),
-            concurrency=_probe_count(environment, _PROBE_CONCURRENCY, cls.concurrency),
-        )
+        settings = cls(**{field.name: cls.read(field, environment) for field in dataclasses.fields(cls)})
         if settings.interval_s > settings.max_interval_s:
             raise ValueError(
                 f"{_PROBE_INTERVAL}={settings.interval_s:.15g} is not allowed: "
                 f"it must not be greater than {_PROBE_MAX_INTERVAL}={settings.max_interval_s:.15g}."
             )
         return settings
+
+    @staticmethod
+    def read(field: dataclasses.Field[Any], environment: Mapping[str, str]) -> Any:
+        """Reads and checks one of the settings; raises as ``from_environment``."""
+        variable = field.metadata["variable"]
+        value = environment.get(variable, "").strip()
+        if not value:
+            return field.default
+        if isinstance(field.default, bool):
+            return _probe_flag(variable, value)
+        if isinstance(field.default, int):
+            return _probe_count(variable, value)
+        return _probe_seconds(variable, value, field.metadata["zero_allowed"])
 
     def __str__(self) -> str:
         return (
@@ -77,42 +86,31 @@ class FailedSessionProbeSettings:
         )
 
 
-def _probe_setting_refused(name: str, value: str, allowed: str) -> ValueError:
-    return ValueError(f"{name}={_probe_printable_repr(value)} is not allowed: set it to {allowed}, or unset it.")
+def _probe_setting_refused(variable: str, value: str, allowed: str) -> ValueError:
+    return ValueError(f"{variable}={_probe_printable_repr(value)} is not allowed: set it to {allowed}, or unset it.")
 
 
-def _probe_flag(environment: Mapping[str, str], name: str, default: bool) -> bool:
-    value = environment.get(name, "").strip()
-    if not value:
-        return default
-    if value.lower() in _PROBE_TRUE_WORDS:
-        return True
-    if value.lower() in _PROBE_FALSE_WORDS:
-        return False
-    raise _probe_setting_refused(name, value, f"one of {'/'.join(_PROBE_TRUE_WORDS)} or {'/'.join(_PROBE_FALSE_WORDS)}")
+def _probe_flag(variable: str, value: str) -> bool:
+    if value.lower() in (*_PROBE_ON_WORDS, *_PROBE_OFF_WORDS):
+        return value.lower() in _PROBE_ON_WORDS
+    allowed = f"one of {'/'.join(_PROBE_ON_WORDS)} or {'/'.join(_PROBE_OFF_WORDS)}"
+    raise _probe_setting_refused(variable, value, allowed)
 
 
-def _probe_seconds(environment: Mapping[str, str], name: str, default: float, zero_allowed: bool = False) -> float:
-    value = environment.get(name, "").strip()
-    if not value:
-        return default
+def _probe_seconds(variable: str, value: str, zero_allowed: bool) -> float:
     seconds = float(value) if _PROBE_SECONDS.fullmatch(value) else math.nan
     if (0 if zero_allowed else _PROBE_LEAST_S) <= seconds < math.inf:
         return seconds
     least = f", {_PROBE_LEAST_S:g} at least" if 0 < seconds < _PROBE_LEAST_S else ", such as 2.5"
-    raise _probe_setting_refused(
-        name, value, f"a finite number of seconds {'of 0 or more' if zero_allowed else 'greater than 0'}{least}"
-    )
+    bound = "of 0 or more" if zero_allowed else "greater than 0"
+    raise _probe_setting_refused(variable, value, f"a finite number of seconds {bound}{least}")
 
 
-def _probe_count(environment: Mapping[str, str], name: str, default: int) -> int:
-    value = environment.get(name, "").strip()
-    if not value:
-        return default
+def _probe_count(variable: str, value: str) -> int:
     digits = _PROBE_COUNT.fullmatch(value)
     if digits and int(digits[1]) <= _PROBE_MOST:
         return int(digits[1])
-    raise _probe_setting_refused(name, value, f"a whole number greater than 0, {_PROBE_MOST} at most")
+    raise _probe_setting_refused(variable, value, f"a whole number greater than 0, {_PROBE_MOST} at most")
 
 
 def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
@@ -124,17 +122,9 @@ def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
     owner = sglang.get("Envs")
     if owner is None:
         return
-    defaults = FailedSessionProbeSettings()
-    for name, field_type, default in (
-        (_PROBE_ENABLE, "EnvBool", defaults.enabled),
-        (_PROBE_INTERVAL, "EnvFloat", defaults.interval_s),
-        (_PROBE_MAX_INTERVAL, "EnvFloat", defaults.max_interval_s),
-        (_PROBE_IDLE_TIMEOUT, "EnvFloat", defaults.idle_timeout_s),
-        (_PROBE_SETTLE, "EnvFloat", defaults.settle_s),
-        (_PROBE_VERIFY, "EnvBool", defaults.verify),
-        (_PROBE_CONCURRENCY, "EnvInt", defaults.concurrency),
-    ):
-        if not hasattr(owner, name):
-            field = sglang[field_type](default)
-            field.name = name  # assigned from outside the class body, it is not told its name
-            patch.replace(owner, name, field)
+    types = {bool: "EnvBool", float: "EnvFloat", int: "EnvInt"}
+    for variable, ours in FailedSessionProbeSettings.by_variable().items():
+        if not hasattr(owner, variable):
+            field = sglang[types[type(ours.default)]](ours.default)
+            field.name = variable  # assigned from outside the class body, it is not told its name
+            patch.replace(owner, variable, field)
