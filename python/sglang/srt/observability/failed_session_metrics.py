@@ -47,10 +47,8 @@ class _LazyMetric:
                 if self._metric is None:
                     import prometheus_client
 
-                    metric = getattr(prometheus_client, self._kind)
-                    if self._kind == "Gauge":
-                        metric = functools.partial(_with_file_of_its_own, metric)
-                    self._metric = metric(*self._arguments, **self._options)
+                    make = _with_file_of_its_own if self._kind == "Gauge" else getattr(prometheus_client, self._kind)
+                    self._metric = make(*self._arguments, **self._options)
         return self._metric
 
 
@@ -58,52 +56,34 @@ def _gauge(name: str, documentation: str) -> _LazyMetric:
     return _LazyMetric("Gauge", name, documentation, multiprocess_mode="livesum")
 
 
-RECOVERIES = _LazyMetric(
-    "Counter", "sglang:failed_session_recoveries_total", "Mooncake sessions let in again after a probe."
-)
-_BLACKLISTINGS = _LazyMetric(
-    "Counter", "sglang:failed_session_blacklistings_total", "Mooncake sessions put on the blacklist."
-)
-_DROPS = _LazyMetric(
-    "Counter", "sglang:failed_session_drops_total", "Blacklisted Mooncake sessions forgotten: nobody asked for them."
-)
-_RELAPSES = _LazyMetric(
-    "Counter", "sglang:failed_session_relapses_total", "Mooncake sessions that failed soon after they were let in."
-)
-_UNPROVEN = _LazyMetric(
-    "Counter",
+_counter = functools.partial(_LazyMetric, "Counter")
+_histogram = functools.partial(_LazyMetric, "Histogram")
+
+RECOVERIES = _counter("sglang:failed_session_recoveries_total", "Mooncake sessions let in again after a probe.")
+_UNPROVEN = _counter(
     "sglang:failed_session_unproven_recoveries_total",
     "Mooncake sessions let in again though their memory could not be read.",
 )
-_PROBES = _LazyMetric(
-    "Counter", "sglang:failed_session_probes_total", "Probes and verifications that ended.", labelnames=("result",)
+_PROBES = _counter("sglang:failed_session_probes_total", "Probes and verifications that ended.", labelnames=("result",))
+_PROBE_DURATION = _histogram(
+    "sglang:failed_session_probe_duration_seconds", "How long a probe took to return.", buckets=_PROBE_SECONDS
 )
-_PROBE_DURATION = _LazyMetric(
-    "Histogram",
-    "sglang:failed_session_probe_duration_seconds",
-    "How long a probe took to return.",
-    buckets=_PROBE_SECONDS,
-)
-_OUTAGE_DURATION = _LazyMetric(
-    "Histogram",
-    "sglang:failed_session_outage_duration_seconds",
-    "From blacklisted to let in again.",
-    buckets=_OUTAGE_SECONDS,
+_OUTAGE_DURATION = _histogram(
+    "sglang:failed_session_outage_duration_seconds", "From blacklisted to let in again.", buckets=_OUTAGE_SECONDS
 )
 _BLACKLISTED = _gauge("sglang:failed_sessions_blacklisted", "Mooncake sessions on the blacklist.")
 _IN_FLIGHT = _gauge("sglang:failed_session_probes_in_flight", "Probes under way, those that hang included.")
 _LIMIT = _gauge("sglang:failed_session_probes_limit", "Probes in flight from which on hung peers take turns.")
-
-_FROM_THE_START = (
-    _BLACKLISTINGS,
-    _RELAPSES,
-    _DROPS,
-    _UNPROVEN,
-    _PROBE_DURATION,
-    _OUTAGE_DURATION,
-    _BLACKLISTED,
-    _IN_FLIGHT,
-)
+_COUNTED = {
+    Event.BLACKLISTED: _counter("sglang:failed_session_blacklistings_total", "Mooncake sessions put on the blacklist."),
+    Event.HELD: _counter(
+        "sglang:failed_session_relapses_total", "Mooncake sessions that failed soon after they were let in."
+    ),
+    Event.DROPPED: _counter(
+        "sglang:failed_session_drops_total", "Blacklisted Mooncake sessions forgotten: nobody asked for them."
+    ),
+}
+_FROM_THE_START = (*_COUNTED.values(), _UNPROVEN, _PROBE_DURATION, _OUTAGE_DURATION, _BLACKLISTED, _IN_FLIGHT)
 
 _fault_said = threading.Event()
 
@@ -161,11 +141,8 @@ class FailedSessionMetrics:
         with harmless():
             if event is Event.BLACKLISTED:
                 self._dead_may_be_left = True
-                _BLACKLISTINGS.inc()
-            elif event is Event.DROPPED:
-                _DROPS.inc()
-            elif event is Event.HELD:
-                _RELAPSES.inc()
+            if event in _COUNTED:
+                _COUNTED[event].inc()
             elif event is Event.RECOVERED:
                 _OUTAGE_DURATION.observe(details["outage_s"])
                 if details["unverified"]:
@@ -195,15 +172,15 @@ class FailedSessionMetrics:
 _LOCK = "failed_session_probe_{}.lock"
 
 
-def _with_file_of_its_own(gauge: Any, *arguments: Any, **options: Any) -> Any:
-    """Makes the gauge. The caller holds the lock of all metrics."""
-    from prometheus_client import values
+def _with_file_of_its_own(*arguments: Any, **options: Any) -> Any:
+    """Makes a gauge. The caller holds the lock of all metrics."""
+    from prometheus_client import Gauge, values
 
     usual = values.ValueClass
     if usual is not values.MutexValue:
         values.ValueClass = _our_values()
     try:
-        made = gauge(*arguments, **options)
+        made = Gauge(*arguments, **options)
     finally:
         values.ValueClass = usual
     made.set(0)  # under its pid, a dead process may have left a file
