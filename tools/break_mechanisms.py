@@ -134,13 +134,13 @@ BREAKS = [
     Break(
         "settle",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
-        "self._hold_ends_at()",
+        "max(self.answered_since + settings.settle_s, self.hold_ends_at())",
+        "self.hold_ends_at()",
     ),
     Break(
         "hold after a relapse",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
+        "max(self.answered_since + settings.settle_s, self.hold_ends_at())",
         "self.answered_since + settings.settle_s",
     ),
     Break("probed while it settles for long", Session._next, "min(ready_at, now + self.rules.interval_s)", "ready_at"),
@@ -158,11 +158,11 @@ BREAKS = [
     ),
     Break(
         "fail-open grows with relapses",
-        Session._opens_at,
+        Session.opens_after_s,
         "backoff_s(first_s, 2 * self.failed_first_uses, settings.max_interval_s)",
         "first_s",
     ),
-    Break("late fail-open over RDMA", Session._opens_at, "120.0 if self.rules.over_rdma else 0.0", "0.0"),
+    Break("late fail-open over RDMA", Session.opens_after_s, "120.0 if self.rules.over_rdma else 0.0", "0.0"),
     Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),
     Break(
         "settles again once if nobody looked in time",
@@ -368,8 +368,8 @@ BREAKS = [
     Break(
         "a peer that is stopped is not said to cut probes short",
         session_probe.ask_and_listen,
-        "rc == _NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S",
-        "rc == _NO_ANSWER",
+        "rc == NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S",
+        "rc == NO_ANSWER",
         PROBE_TESTS,
     ),
     Break("a stuck queue is named as a cause", FailedSessionLog.heard, "self._other_cause", '""', LOG_TESTS),
@@ -567,7 +567,7 @@ BREAKS = [
     Break("what is not printable is escaped", printable, "cut.isprintable()", "True", LOG_TESTS),
     Break("what is long is cut", printable, "text[:most]", "text", LOG_TESTS),
     Break("a forged line in a traceback is set in", harmless_logger._shown, '"\\n  ".join', '"\\n".join', LOG_TESTS),
-    Break("labels break no table", status._row, "printable(probes, _LONGEST_CELL)", "probes", STATUS_TESTS),
+    Break("labels break no table", status._row, "printable(probes, table.LONGEST_CELL)", "probes", STATUS_TESTS),
     Break(
         "no number beyond counting",
         status._whole,
@@ -703,7 +703,7 @@ BREAKS = [
     Break(
         "hold after a relapse, real engines",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
+        "max(self.answered_since + settings.settle_s, self.hold_ends_at())",
         "self.answered_since + settings.settle_s",
         f"{FAULTS}/test_flapping.py",
     ),
@@ -717,8 +717,8 @@ BREAKS = [
     Break(
         "settle, real engines",
         Session._next,
-        "max(self.answered_since + settings.settle_s, self._hold_ends_at())",
-        "self._hold_ends_at()",
+        "max(self.answered_since + settings.settle_s, self.hold_ends_at())",
+        "self.hold_ends_at()",
         f"{FAULTS}/test_late_bytes.py",
     ),
 ]

@@ -60,15 +60,16 @@ def _run() -> int:
 
 
 def _parser() -> _Parser:
-    from sglang_failed_session_probe import doctor, probe, status
+    from sglang_failed_session_probe import doctor, probe, sessions, status
 
     parser = _Parser(PROGRAM, description="What heals blacklisted Mooncake sessions in SGLang: is it well?")
     version = doctor.version_of(PROGRAM) or "of unknown version (a checkout, or broken)"
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version}")
-    commands = parser.add_subparsers(required=True, metavar="doctor|probe|status")
+    commands = parser.add_subparsers(required=True, metavar="doctor|probe|sessions|status")
     for name, module, question in (
         ("doctor", doctor, "does the patch fit this machine's SGLang and Mooncake?"),
         ("probe", probe, "does a decode node answer from this machine?"),
+        ("sessions", sessions, "which sessions do this node's prefill schedulers refuse, and why?"),
         ("status", status, "what do the metrics of the prefill nodes say?"),
     ):
         command = commands.add_parser(name, help=question, description=question[0].upper() + question[1:])

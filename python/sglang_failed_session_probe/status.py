@@ -7,31 +7,26 @@ import collections
 import concurrent.futures
 import dataclasses
 import http.client
-import json
 import math
-import os
 import ssl
-import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Optional
 
+from sglang_failed_session_probe import table
 from sglang_failed_session_probe.printable import printable, printable_repr
 
 DEFAULT_URL = "http://127.0.0.1:30000/metrics"
 DEADLINE_S = 5.0
 # A blacklisted session that does not hang is asked within 0.55 s, so two readings this far apart tell how it answers.
 APART_S = 1.0
-WATCH_S = 2.0
 
 _OURS = "sglang:failed_session"
 _PROBES = f"{_OURS}_probes_total"
 _OUTAGE = f"{_OURS}_outage_duration_seconds"
 _SWITCH_ON = "set SGLANG_ENABLE_FAILED_SESSION_PROBE=1 there, and ask `sglang-failed-session-probe doctor`"
-_RED, _YELLOW = 31, 33
-_LONGEST_CELL = 200
 _BEYOND_COUNTING = 1e15
 
 
@@ -58,15 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", action="append", type=_url, help=f"a prefill node's metrics, may be repeated (default {DEFAULT_URL})"
     )
-    parser.add_argument(
-        "--watch",
-        nargs="?",
-        metavar="SECONDS",
-        type=_seconds,
-        const=WATCH_S,
-        help=f"again every {WATCH_S:g} s, or that many",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON list instead of the table, a line each time")
+    table.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -134,7 +121,7 @@ def _read(url: str) -> Node:
 
 
 def _in_words(reason: object) -> str:
-    return printable(" ".join(str(reason).split()), _LONGEST_CELL) or type(reason).__name__
+    return printable(" ".join(str(reason).split()), table.LONGEST_CELL) or type(reason).__name__
 
 
 def _page(url: str) -> str:
@@ -251,17 +238,9 @@ _RESULTS = {
 
 def _show(nodes: list[Node], as_json: bool, watching: bool) -> None:
     if as_json:
-        print(json.dumps([dataclasses.asdict(node) for node in nodes]), flush=True)
-        return
-    lines = _table(nodes)
-    if not watching:
-        print("\n".join(lines))
-        return
-    lines.insert(0, time.strftime("%H:%M:%S"))
-    if sys.stdout.isatty():  # to the top, over what was there, and away with the rest
-        print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
+        table.show_json([dataclasses.asdict(node) for node in nodes])
     else:
-        print("\n".join(lines) + "\n", flush=True)
+        table.show(table.aligned([_HEADINGS, *map(_row, nodes)], to_the_right=range(1, 7)), watching)
 
 
 _HEADINGS = (
@@ -277,18 +256,6 @@ _HEADINGS = (
 )
 
 
-def _table(nodes: list[Node]) -> list[str]:
-    rows = [_HEADINGS, *map(_row, nodes)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for node, row in zip([None, *nodes], rows, strict=True):
-        first, *middle, probes, state = row
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(middle, widths[1:-2], strict=True)]
-        lines.append("  ".join([*cells, probes.ljust(widths[-2]), _coloured(state, node)]))
-    return lines
-
-
 def _row(node: Node) -> tuple[str, ...]:
     def number(value: Optional[int]) -> str:
         return "-" if value is None else str(value)
@@ -296,23 +263,16 @@ def _row(node: Node) -> tuple[str, ...]:
     outage = f"~{node.median_outage_s:.1f} s of {node.outages}" if node.median_outage_s is not None else "-"
     probes = ", ".join(f"{count} {result}" for result, count in node.probes.items() if count) or "-"
     return (
-        printable(node.url.removeprefix("http://").removesuffix("/metrics"), _LONGEST_CELL),
+        printable(node.url.removeprefix("http://").removesuffix("/metrics"), table.LONGEST_CELL),
         number(node.blacklisted),
         number(node.recoveries),
         number(node.blacklistings),
         number(node.drops),
         f"{number(node.in_flight)}/{number(node.limit)}",
         outage,
-        printable(probes, _LONGEST_CELL),
-        node.stuck,
+        printable(probes, table.LONGEST_CELL),
+        table.coloured(node.stuck, table.YELLOW if node.blacklisted else None if node.readable else table.RED),
     )
-
-
-def _coloured(state: str, node: Optional[Node]) -> str:
-    colour = node and (_RED if not node.readable else _YELLOW if node.blacklisted else None)
-    if not colour or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return state
-    return f"\x1b[{colour}m{state}\x1b[0m"
 
 
 # Arguments.
@@ -333,13 +293,3 @@ def _url(text: str) -> str:
     if not good:
         raise argparse.ArgumentTypeError(f"{printable_repr(text)} is not a URL as in http://prefill:30000")
     return text if parts.path.strip("/") else urllib.parse.urlunsplit(parts._replace(path="/metrics"))
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not APART_S <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{printable_repr(text)} is not a number of seconds from {APART_S:g} to 86400")
-    return seconds

@@ -11,9 +11,9 @@ from command import run, started
 from installation import environment, wheel  # noqa: F401
 
 WRONG = {
-    "": "doctor|probe|status",
+    "": "doctor|probe|sessions|status",
     "heal": "choose from",
-    "--count 2": "doctor|probe|status",
+    "--count 2": "doctor|probe|sessions|status",
     "probe": "HOST:PORT",
     "probe 10.0.3.7": "10.0.3.7:15412",
     "probe 10.0.3.7:0": "from 1 to 65535",
@@ -31,6 +31,8 @@ WRONG = {
     "status --url http://prefill:port": "http://prefill:30000",
     "status --watch 0": "from 1 to 86400",
     "status --watch nan": "from 1 to 86400",
+    "sessions --watch 0": "from 1 to 86400",
+    "sessions decode:7001": "usage: sglang-failed-session-probe sessions",
     "status prefill:30000": "usage: sglang-failed-session-probe status",
 }
 
@@ -81,7 +83,7 @@ def test_a_reader_that_hangs_up_hears_no_complaint() -> None:
 
 
 def test_help_goes_to_stdout() -> None:
-    for command in ((), ("doctor",), ("probe",), ("status",)):
+    for command in ((), ("doctor",), ("probe",), ("sessions",), ("status",)):
         status, output, errors = run(*command, "--help")
         assert (status, errors) == (0, "")
         assert "usage: sglang-failed-session-probe" in output

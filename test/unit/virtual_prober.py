@@ -204,7 +204,8 @@ class VirtualProber:
             took_s = self.clock.now - call.asked_at
             refused = not answered and took_s < 1.0 and not call.ended
             cuts_short = call.listen and peer.cuts_short
-            self.watch.answered(call, answered, refused=refused, cuts_short=cuts_short, reading=reading)
+            said = "answered" if answered else "cut short" if cuts_short else "refused" if refused else "no answer"
+            self.watch.answered(call, answered, refused=refused, cuts_short=cuts_short, reading=reading, said=said)
             if reading:
                 self.reads[call] = self._reads_of(call, peer)
             self._note_events()

@@ -29,6 +29,7 @@ from sglang.srt.disaggregation.mooncake import session_states as _session_states
 from sglang.srt.disaggregation.mooncake import session_watch as _session_watch
 from sglang.srt.disaggregation.mooncake import tent_probe as _tent_probe
 from sglang.srt.environ import FailedSessionProbeSettings
+from sglang.srt.observability import failed_session_file as _session_file
 from sglang.srt.observability import failed_session_log as _session_log
 from sglang.srt.observability import failed_session_metrics as _session_metrics
 from sglang_failed_session_probe.harmless_logger import logger as _probe_logger
@@ -111,6 +112,7 @@ class _FailedSessionProber:
         )
         self._pending = _session_probe.PendingReads()
         self._thread: Optional[threading.Thread] = None
+        self._file = _session_file.SessionsFile(_rank(manager), self._can_probe)
         self.metrics = _session_metrics.FailedSessionMetrics()
         self._fault_said = False
         self.shutdown = _ProbeShutdown.of(
@@ -132,6 +134,7 @@ class _FailedSessionProber:
         self._thread = threading.current_thread()
         self.watch.rules.over_rdma = _session_probe.is_over_rdma()
         workers = _probe_workers.Workers(_WORKER_THREAD, self._make, self._inbox)
+        _session_file.remove_dead()
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
         while not self.shutdown.is_set():
             try:
@@ -139,7 +142,9 @@ class _FailedSessionProber:
                 workers.release_idle(keep=0 if wait_s is None else self._settings.concurrency)
                 if wait_s is None:
                     self._log.sum_up(at_once=True)  # it may be long until there is more to say
-                self._hand_over(self._inbox, self._sooner(wait_s))
+                self._hand_over(
+                    self._inbox, _soonest(wait_s, self._pending.next_look_in(), self._file.write_if_due(self.watch))
+                )
             except Exception as fault:
                 self._say_fault(fault)
                 self.shutdown.wait(_PAUSE_AFTER_FAULT_S)
@@ -151,12 +156,8 @@ class _FailedSessionProber:
         except Exception as fault:
             self._say_fault(fault)
         self.metrics.stop()
+        self._file.remove()
         self._reader.close()
-
-    def _sooner(self, wait_s: Optional[float]) -> Optional[float]:
-        """Until there is something to do, or pending reads are to be looked at."""
-        look_s = self._pending.next_look_in()
-        return look_s if wait_s is None else wait_s if look_s is None else min(wait_s, look_s)
 
     def _wind_up(self) -> None:
         """Hears the calls and reads that are about to return, and ends the other calls."""
@@ -277,7 +278,22 @@ class _FailedSessionProber:
             refused=answer.error is None and answer.took_s < _REFUSED_WITHIN_S and not answer.call.ended,
             cuts_short=answer.rc == _session_probe.CUT_SHORT,
             reading=answer.reads is not None,
+            said=self._in_words(answer),
         )
+
+    def _in_words(self, answer: _probe_workers.Answer) -> str:
+        """What one probe has shown."""
+        if answer.error is not None:
+            return "raised, see the log"
+        if answer.rc == 0:
+            return "answered"
+        if answer.rc == _session_probe.CUT_SHORT:
+            return "cut short"
+        if answer.call.ended:
+            return f"hung, ended after {answer.took_s:.1f} s"
+        if answer.rc != _session_probe.NO_ANSWER:
+            return "host not known" if answer.rc == _session_probe.UNKNOWN_HOST else f"failed (rc {answer.rc})"
+        return "refused" if answer.took_s < _REFUSED_WITHIN_S else f"no answer within {answer.took_s:.1f} s"
 
     def _counted(self, answer: _probe_workers.Answer) -> tuple[str, Optional[float]]:
         """As what a probe is counted, and the seconds that it took."""
@@ -352,12 +368,24 @@ def _registration(manager: Any, session: Any) -> Any:
     return getattr(manager, "decode_kv_args_table", {}).get(session)
 
 
+def _rank(manager: Any) -> str:
+    """Which of SGLang's ranks it is, as in its process's title; empty where it is not known."""
+    ranks = {"DP": "system_dp_rank", "PP": "pp_rank", "TP": "engine_rank"}
+    found = {word: getattr(getattr(manager, "kv_args", None), name, None) for word, name in ranks.items()}
+    return " ".join(f"{word}{rank}" for word, rank in found.items() if type(rank) is int)
+
+
 def _end_calls(calls: list[Any]) -> None:
     """Ends those of the calls that hang and can be ended. No lock held."""
     for call in calls:
         thread = call.thread
         if thread and _hung_call.end_call(thread, call.session, lambda: call.thread == thread):  # noqa: B023
             call.ended = True
+
+
+def _soonest(*waits: Optional[float]) -> Optional[float]:
+    """The shortest of the waits; None is for good."""
+    return min((wait for wait in waits if wait is not None), default=None)
 
 
 def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float], together_s: float = 0.0) -> list[Any]:

@@ -32,7 +32,8 @@ READ_BYTES = 8
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
 FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
 _LONG_QUEUE, _LONGEST_QUEUE = 8192, 65535  # blocks
-_NO_ANSWER = -102
+# What Mooncake gives: nobody has answered, for whatever reason; and there is no such host.
+NO_ANSWER, UNKNOWN_HOST = -102, -101
 # What ``ask_and_listen`` gives beside the rc of a probe. A live peer, whether it answers or cuts short, takes 1 ms.
 CUT_SHORT = -1000
 _CUT_SHORT_WITHIN_S = 1.0
@@ -113,11 +114,11 @@ def ask_and_listen(engine: Any, session: str) -> int:
     """
     began = time.monotonic()
     rc = ask(engine, session)
-    if rc != _NO_ANSWER or time.monotonic() - began > _CUT_SHORT_WITHIN_S or not _takes_connections(session):
+    if rc != NO_ANSWER or time.monotonic() - began > _CUT_SHORT_WITHIN_S or not _takes_connections(session):
         return rc
     began = time.monotonic()
     rc = ask(engine, session)  # it may have come back between the two
-    return CUT_SHORT if rc == _NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S else rc
+    return CUT_SHORT if rc == NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S else rc
 
 
 def _takes_connections(session: str) -> bool:

@@ -105,9 +105,11 @@ class Session:
         "last_used_at",  # on probation
         "late_since",  # first of the reads since it answers that had to wait, or None
         "listen_at",  # the first probe from then on looks whether the peer cuts probes short
+        "probe_said",  # what the last probe since it failed has shown, in words; empty before it
         "probed_at",
         "read_next",  # the next probe is followed by reads
         "reads_mislead",  # it worked, though reads of its memory had failed or waited when it was let in
+        "reads_said",  # as probe_said, of the last reads
         "reads_since",  # when the reads that are pending were begun, or None
         "refused",  # how often a request looked it up in vain
         "registration",  # on probation: what the peer had registered when it was let in
@@ -143,6 +145,7 @@ class Session:
         self.answered_since: Optional[float] = None
         self.late_since: Optional[float] = None
         self.reads_since: Optional[float] = None
+        self.probe_said = self.reads_said = ""
         return ProbeAt(now)
 
     def not_answered(self, now: float, refused: bool) -> Decision:
@@ -167,7 +170,7 @@ class Session:
 
     def _probed_in_hold_at(self, now: float) -> float:
         """No answer before its hold ends can let it in: it is probed SETTLE before that, and once an INTERVAL."""
-        return min(self._hold_ends_at() - self.rules.settings.settle_s, now + self.rules.interval_s)
+        return min(self.hold_ends_at() - self.rules.settings.settle_s, now + self.rules.interval_s)
 
     # Re-admission: answered, settled, held long enough, verified.
 
@@ -216,7 +219,7 @@ class Session:
         """What to do with a peer that answers."""
         assert self.answered_since is not None
         settings = self.rules.settings
-        ready_at = max(self.answered_since + settings.settle_s, self._hold_ends_at())
+        ready_at = max(self.answered_since + settings.settle_s, self.hold_ends_at())
         if now < ready_at:
             in_hold_at = self._probed_in_hold_at(now)
             at = in_hold_at if now < in_hold_at else min(ready_at, now + self.rules.interval_s)
@@ -262,18 +265,22 @@ class Session:
     # Failing open: a peer that answers and cannot be verified is let in all the same, slowly.
 
     def _opens_at(self) -> float:
-        """From then on it is let in unverified: it has answered for INTERVAL, after a relapse for four times as long.
+        """From then on it is let in unverified."""
+        assert self.answered_since is not None
+        return self.answered_since + self.opens_after_s()
+
+    def opens_after_s(self) -> float:
+        """So long must it have answered to be let in unverified: INTERVAL, after a relapse four times as long.
 
         Twice as long would let one whose data path is broken lose 17 requests in the first hour if INTERVAL is 5. Over
         RDMA what can be written can be read, and Mooncake leaves a device alone for 30 s after its port is back, to
         which an outage of some length is to be added: else a request is lost in that time.
         """
-        assert self.answered_since is not None
         settings = self.rules.settings
         first_s = max(settings.interval_s, 120.0 if self.rules.over_rdma else 0.0)
         if self.reads_mislead:
-            return self.answered_since + settings.settle_s
-        return self.answered_since + backoff_s(first_s, 2 * self.failed_first_uses, settings.max_interval_s)
+            return settings.settle_s
+        return backoff_s(first_s, 2 * self.failed_first_uses, settings.max_interval_s)
 
     def _why_unverified(self, now: float) -> str:
         """Why it cannot be verified; empty if no reads have failed or hung yet."""
@@ -375,7 +382,8 @@ class Session:
         self.failed_first_uses += 1
         return backoff_s(first_s, self.failed_first_uses - 1, settings.max_interval_s)
 
-    def _hold_ends_at(self) -> float:
+    def hold_ends_at(self) -> float:
+        """Until then it is not let in, whatever it answers."""
         return self.blacklisted_at + self.hold_s
 
     def _begin_outage(self, now: float, hold_s: float) -> None:

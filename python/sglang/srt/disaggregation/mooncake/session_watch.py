@@ -140,8 +140,9 @@ class SessionWatch:
         known = self.known.get(session)
         again = known is not None and known.blacklisted
         if known is None or known.is_past(now, self._registration(session)):
-            known = self.known[session] = Session(session, self.rules, now)
+            known = Session(session, self.rules, now)
         decision = known.failed(now, next(self._generations))
+        self.known[session] = known  # only now: who looks without the lock finds it whole
         if not again:
             self._tell(Event.BLACKLISTED, session, relapses=known.relapses)
             if known.hold_s:
@@ -245,15 +246,23 @@ class SessionWatch:
         return not self._allowance.left() and first is not None and first.at <= self._clock()
 
     def answered(
-        self, call: Call, answered: bool, refused: bool = False, cuts_short: bool = False, reading: bool = False
+        self,
+        call: Call,
+        answered: bool,
+        refused: bool = False,
+        cuts_short: bool = False,
+        reading: bool = False,
+        said: str = "",
     ) -> None:
         """A call came back, ``answered`` if with rc 0 (``reading`` if reads have begun, whose end ``read`` is told),
         ``refused`` if the peer's machine said at once that nobody is there, ``cuts_short`` if it takes connections.
+        ``said`` is all of it in words.
         """
         now = self._clock()
         known = self._come_back(call, now)
         if known is None:
             return
+        known.probe_said = said
         if cuts_short:
             known.listen_at = NEVER  # said once
             self._tell(Event.CUTS_SHORT, known.id, outage_s=now - known.blacklisted_at)
@@ -271,6 +280,7 @@ class SessionWatch:
         if not self.waits_for(call):
             return
         known = self.known[call.session]
+        known.reads_said = why or verdict.value
         if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
         self._carry_out(known, known.read(now, verdict, why), now)
@@ -289,6 +299,12 @@ class SessionWatch:
         known = self.known.get(call.session)
         if known is not None and known.blacklisted:
             self._carry_out(known, known.not_answered(now, refused=False), now)
+
+    def look(self) -> list[tuple[Session, Optional[Call]]]:
+        """What is known of each session, and the call under way for it. Any thread, without the lock: some of it may
+        change meanwhile.
+        """
+        return [(known, self._in_flight.get(known.id)) for known in list(self.known.values())]
 
     def in_flight(self) -> int:
         """Calls under way, those that hang included."""
