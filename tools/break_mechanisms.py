@@ -29,10 +29,13 @@ from sglang.srt.disaggregation.mooncake.probe_workers import Workers
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads, _Page
 from sglang.srt.disaggregation.mooncake.session_states import Session
 from sglang.srt.disaggregation.mooncake.session_watch import Said, SessionWatch
+from sglang.srt.observability import failed_session_file as sessions_file
 from sglang.srt.observability import failed_session_metrics as metrics
+from sglang.srt.observability import failed_session_rows as session_rows
+from sglang.srt.observability.failed_session_file import SessionsFile
 from sglang.srt.observability.failed_session_log import FailedSessionLog
 from sglang.srt.observability.failed_session_metrics import FailedSessionMetrics
-from sglang_failed_session_probe import harmless_logger, patch, status
+from sglang_failed_session_probe import harmless_logger, patch, sessions, status
 from sglang_failed_session_probe.harmless_logger import HarmlessLogger
 from sglang_failed_session_probe.printable import printable, printable_repr
 
@@ -47,6 +50,9 @@ CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG
 TENT_TESTS = f"{UNIT}/test_tent_probe.py"
 SETTINGS_TESTS = f"{UNIT}/test_settings.py"
 STATUS_TESTS = "test/commands/test_status.py"
+SESSIONS_TESTS = "test/commands/test_sessions.py"
+FILE_TESTS = f"{UNIT}/test_failed_session_file.py"
+ROWS_TESTS = f"{UNIT}/test_failed_session_rows.py"
 DEADLINE_S = 600.0
 # Where all unit tests may see it: these are asked first, because most go red there, within seconds.
 NEAREST = {
@@ -685,6 +691,103 @@ BREAKS = [
         "        if True:\n            with self._lock:\n                if True:",
         METRICS_TESTS,
     ),
+    # What the command sessions shows.
+    Break(
+        "nothing is written while nothing is blacklisted",
+        SessionsFile.write_if_due,
+        "if not blacklisted and not self._is_out_of_date:",
+        "if False:",
+        FILE_TESTS,
+    ),
+    Break("written once a second at most", SessionsFile.write_if_due, "now >= self._next_at", "True", FILE_TESTS),
+    Break(
+        "what costs more is written seldomer",
+        SessionsFile.write_if_due,
+        "gap_per_write * (self._cpu_clock() - began)",
+        "0.0",
+        FILE_TESTS,
+    ),
+    Break(
+        "what happened soon after a write is written, too",
+        SessionsFile.write_if_due,
+        "        self._is_out_of_date = True\n",
+        "",
+        FILE_TESTS,
+    ),
+    Break(
+        "that nothing is blacklisted any more is written",
+        SessionsFile.write_if_due,
+        "            self._is_out_of_date = blacklisted\n",
+        "            self._is_out_of_date = False\n",
+        FILE_TESTS,
+    ),
+    Break(
+        "a file that cannot be written stops nothing",
+        SessionsFile.write_if_due,
+        "except Exception as fault:",
+        "except KeyError as fault:",
+        FILE_TESTS,
+    ),
+    Break("it is in the next folder", SessionsFile._write, "in folders():", "in folders()[:1]:", FILE_TESTS),
+    Break("a scheduler that lives has a lock", SessionsFile._replace, "fcntl.lockf(", "id(", FILE_TESTS),
+    Break("nobody sees half a file", SessionsFile._replace, "file.flush()", "pass", FILE_TESTS),
+    Break("a write that fails leaves nothing", SessionsFile._replace, "_remove(new)", "pass", FILE_TESTS),
+    Break("nobody else reads it", sessions_file._open_new, "0o600", "0o666", FILE_TESTS),
+    Break("its file is gone with a manager", Prober.run, "        self._file.remove()\n", "", FILE_TESTS),
+    Break("what dead schedulers left is removed", sessions_file.remove_dead, "read(path)", "pass", FILE_TESTS),
+    Break(
+        "a scheduler keeps its own lock",
+        sessions_file.remove_dead,
+        "if path.name not in _own_names:",
+        "if True:",
+        FILE_TESTS,
+    ),
+    Break(
+        "a file that was replaced is not taken for a dead one",
+        sessions_file.read,
+        "if os.fstat(descriptor).st_nlink:",
+        "if True:",
+        FILE_TESTS,
+    ),
+    Break("a dead one is not read", sessions_file.read, "if _is_locked(descriptor):", "if True:", FILE_TESTS),
+    Break("no link is followed", sessions_file.read, " | os.O_NOFOLLOW", "", FILE_TESTS),
+    Break("a pipe holds nobody up", sessions_file.read, " | os.O_NONBLOCK", "", FILE_TESTS),
+    Break("no folder is read", sessions_file.read, "if not stat.S_ISREG(found.st_mode):", "if False:", FILE_TESTS),
+    Break("no file of another user is read", sessions_file.read, "not in (0, found.st_uid)", "is None", FILE_TESTS),
+    Break("no endless file is read", sessions_file.read, "found.st_size > _MOST_BYTES", "False", FILE_TESTS),
+    Break("another clock is not believed", sessions_file.read, "> time.monotonic() + 1.0", "== 0", FILE_TESTS),
+    Break("no other format is read", sessions_file._parsed, 'about.pop("format") != _FORMAT', "False", FILE_TESTS),
+    Break("each field is of its type", sessions_file._parsed, "if not _is_one_of(", "if 0 in (", FILE_TESTS),
+    Break(
+        "no moment beyond counting", sessions_file._is_one_of, "not -1e15 < value < 1e15", "value is None", FILE_TESTS
+    ),
+    Break(
+        "a session is seen when it is whole",
+        SessionWatch.failed,
+        "known = Session(session, self.rules, now)",
+        "known = self.known[session] = Session(session, self.rules, now)",
+        ROWS_TESTS,
+    ),
+    Break(
+        "what was said before a newer failure is void",
+        Session.failed,
+        'self.probe_said = self.reads_said = ""',
+        "self.probe_said, self.reads_said = (getattr(self, name, '') for name in ('probe_said', 'reads_said'))",
+        ROWS_TESTS,
+    ),
+    Break(
+        "a young probe does not hang", session_rows._row, "call.asked_at + Places.YOUNG_S", "call.asked_at", ROWS_TESTS
+    ),
+    Break("a probation that is over is not shown", session_rows.is_over, "now >= row.ends_at", "False", ROWS_TESTS),
+    Break(
+        "one wrong file hides nobody",
+        sessions._look,
+        "except failed_session_file.Unreadable as why:",
+        "except KeyError as why:",
+        SESSIONS_TESTS,
+    ),
+    Break("what a file says breaks no table", sessions._cells, "printable(row.session)", "row.session", SESSIONS_TESTS),
+    Break("rows that are old are said to be", sessions._notes, "age_s > _OLD_S", "False", SESSIONS_TESTS),
     # The most important ones once more, on real engines.
     Break(
         "generation check, real engines",

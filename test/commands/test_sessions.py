@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -248,6 +249,22 @@ def test_a_file_that_is_none_of_a_schedulers_gets_a_line_and_hides_nobody(
     for line, words in zip(lines, ["symbolic link", "no regular file", "not write such", "regular"], strict=True):
         assert words in line
         assert line.isprintable()
+
+
+def test_what_a_forged_file_says_reaches_no_terminal(folder: pathlib.Path) -> None:
+    """Anybody may write one and hold its lock; root reads it all the same."""
+    evil = "\x1b[2J\nroot 10.0.3.7:15412"
+    row = [evil, True, 1.0, 0, 0.0, evil, None, 2.0, 1.0, evil, None, evil, None, None, 1e6]
+    about = {"format": 1, "pid": 1, "rank": evil, "can_probe": True, "written_at": 1.0, "known": 1}
+    with (folder / "sglang-failed-sessions-0-1-x").open("w") as forged:
+        fcntl.lockf(forged, fcntl.LOCK_EX)
+        forged.write(f"{json.dumps(about)}\n{json.dumps(row)}\n{json.dumps(['10.0.3.7:1', *row[1:]])}\n")
+        forged.flush()
+        _, output, errors = sessions(folder)
+        assert sessions(folder, "--json")[1].count("\n") == 1
+    lines = [*output.split("\n")[:-1], *errors.split("\n")[:-1]]
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
