@@ -15,14 +15,14 @@ LEVELS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 
 
 def lines_of(file: pathlib.Path) -> list[str]:
-    """The format strings of all calls of a logger, and of each `_Line`, which has the level and the kind before it."""
+    """The format strings of all calls of a logger, and of each `_Line`, which has the kind before it."""
     found = []
     for node in ast.walk(ast.parse(file.read_text())):
         called = node.func if isinstance(node, ast.Call) else None
         if isinstance(called, ast.Attribute) and called.attr in LEVELS:
             texts = node.args
         elif isinstance(called, ast.Name) and called.id == "_Line":
-            texts = node.args[2:]
+            texts = node.args[1:]
         else:
             continue
         constants = (text.value for text in texts if isinstance(text, ast.Constant))

@@ -25,75 +25,67 @@ SPELL_S = 10.0
 class _Line(NamedTuple):
     """What is said of a session; ``kind`` names those that are summed up."""
 
-    level: int
     kind: str
     text: str
+    level: int = logging.WARNING
 
 
 # Fields of the texts are the details of the event, and what ``FailedSessionLog.heard`` adds.
 _LINES = {
     Event.BLACKLISTED: _Line(
-        logging.WARNING,
         "sessions blacklisted",
         "Session %(session)s is blacklisted, because a transfer to it failed: requests for it are refused; %(until)s",
     ),
     Event.UNREADABLE: _Line(
-        logging.WARNING,
         "sessions that answer but cannot be verified",
         "Session %(session)s answers probes, but %(why)s, so it stays blacklisted (for %(outage_s).1f s "
         "by now). If it goes on, look at the data path between this node and that decode node%(other_cause)s",
     ),
     Event.CUTS_SHORT: _Line(
-        logging.WARNING,
         "sessions that take connections but cut probes short",
         "Session %(session)s takes connections but cuts every probe short (for %(outage_s).1f s by now): it "
         "stays blacklisted until it answers or registers again. Mooncake before %(first_that_answers)s does that (look "
         "at its version on that decode node), or a proxy for a process that is gone",
     ),
     Event.HELD: _Line(
-        logging.WARNING,
         "sessions held after a relapse",
         "Session %(session)s (relapse %(relapses)d) failed again soon after its recovery; held for %(hold_s)gs",
     ),
     Event.RECOVERED: _Line(
-        logging.INFO,
         "sessions let in again",
         "Session %(session)s recovered via probe; un-blacklisted (out for %(outage_s).1f s, %(refused)d requests "
         "refused)",
+        logging.INFO,
     ),
     Event.DROPPED: _Line(
-        logging.INFO,
         "blacklisted sessions forgotten",
         "Forgot blacklisted session %(session)s: no request for %(idle_s).0fs (out for %(outage_s).1f s, "
         "%(refused)d requests refused)",
+        logging.INFO,
     ),
     Event.MALFORMED: _Line(
-        logging.WARNING,
         "session ids that are not host:port",
         "Session id %(quoted_session)s is not host:port with a port from 1 to 65535: it is never probed",
     ),
     Event.VERIFICATION_OFF: _Line(
-        logging.WARNING,
         "sessions that work though they cannot be read",
         "Session %(session)s works though its memory cannot be read: reads prove nothing on this transport, so "
         "from now on this process lets sessions in when they answer probes",
     ),
     Event.FAULT: _Line(
-        logging.ERROR,
         "faults of its own",
         "Failed-session probe: a fault of its own at session %(session)s, said once; SGLang is not affected\n"
         "%(traceback)s",
+        logging.ERROR,
     ),
 }
 # Beside the line of Event.RECOVERED.
 _LET_IN_UNVERIFIED = _Line(
-    logging.WARNING,
     "sessions let in without proof",
     "Session %(session)s was let in on probation without proof that transfers work: it answers probes, but "
     "%(unverified)s. If it fails again, look at the data path between this node and that decode node",
 )
 _PROBE_RAISED = _Line(
-    logging.WARNING,
     "sessions whose probes raise",
     "Probing session %(session)s raised %(error)s (said once); it is asked again",
 )
