@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sglang.srt.observability.failed_session_file import Scheduler
     from sglang.srt.observability.failed_session_rows import Row
 
-# One that blacklists writes once a second, seldomer with thousands of sessions.
+# One that blacklists writes once a second; every 20 s if it has blacklisted ten thousand.
 _OLD_S = 3.0
 _NOBODY = (
     "no scheduler with this probe is seen here: run this on a prefill node, in its container or one that shares "

@@ -632,6 +632,28 @@ def test_a_probe_that_raises_is_logged_once_for_each_session_and_asked_again(
     assert wait_until(lambda: blacklisted(manager) == {OTHER})
 
 
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        (0, "answered"),
+        (REFUSED, "refused"),
+        (-101, "host not known"),
+        (-7, "failed (rc -7)"),
+        (raises(RuntimeError("broken")), "raised, see the log"),
+        (lambda: time.sleep(1.1) or REFUSED, "no answer within 1."),
+    ],
+    ids=["answered", "refused", "host", "failed", "raised", "late"],
+)
+def test_what_the_last_probe_has_shown_is_kept_for_the_operator(
+    probe: Any, said: str, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "20")
+    manager = make_manager(Engine(probe=probe))
+    blacklist(manager, D)
+    assert wait_until(lambda: watch_of(manager).known[D].probe_said)
+    assert watch_of(manager).known[D].probe_said.startswith(said)
+
+
 def test_a_mooncake_that_cannot_probe_is_told_at_the_start_and_once_a_session(
     make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

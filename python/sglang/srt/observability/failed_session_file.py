@@ -77,7 +77,7 @@ class SessionsFile:
         """Writes what the watch knows, if that is due. Gives the seconds until it is again, None once it is written
         that nothing is blacklisted. ``session_lock`` is not held, and not needed.
         """
-        least_gap_s, gap_per_write = 1.0, 100.0  # it is to cost a hundredth of a core at most
+        least_gap_s, gap_per_write = 1.0, 200.0  # half a percent of a core at most
         blacklisted = len(watch.sessions) > 0
         if not blacklisted and not self._is_out_of_date:
             return None
