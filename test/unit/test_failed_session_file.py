@@ -293,6 +293,29 @@ def test_it_is_gone_once_the_manager_is_torn_down(make_manager: MakeManager, fol
     assert wait_until(lambda: not list(folder.iterdir()), 1), "after a role switch its rows stay for ever"
 
 
+EXITING = """
+import pathlib, sys
+from fake_engine import Engine
+from managers import NO_MEMORY, D, blacklist, wait_until
+from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
+from sglang.srt.observability import failed_session_file
+failed_session_file.folders = lambda: [pathlib.Path(sys.argv[1])]
+engine = Engine()
+engine.probe[D] = engine.hang
+MooncakeKVManager.init_engine = lambda self: setattr(self, "engine", engine)
+manager = MooncakeKVManager(NO_MEMORY, "prefill")
+blacklist(manager, D)
+assert wait_until(lambda: list(pathlib.Path(sys.argv[1]).iterdir()))
+"""
+
+
+def test_it_is_gone_once_the_process_has_exited_though_a_probe_hung(folder: pathlib.Path) -> None:
+    paths = os.pathsep.join([str(PYTHON_FOLDER), str(pathlib.Path(__file__).parent)])
+    environment = {**os.environ, "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1", "PYTHONPATH": paths}
+    subprocess.run(python(EXITING, folder), env=environment, check=True, timeout=30)
+    assert list(folder.iterdir()) == []
+
+
 # What if it cannot be written?
 
 
