@@ -27,7 +27,7 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
 from sglang.srt.disaggregation.mooncake.probe_workers import Workers
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads, _Page
-from sglang.srt.disaggregation.mooncake.session_states import Session
+from sglang.srt.disaggregation.mooncake.session_states import Rules, Session
 from sglang.srt.disaggregation.mooncake.session_watch import Said, SessionWatch
 from sglang.srt.observability import failed_session_file as sessions_file
 from sglang.srt.observability import failed_session_metrics as metrics
@@ -168,6 +168,12 @@ BREAKS = [
         "backoff_s(first_s, 2 * self.failed_first_uses, settings.max_interval_s)",
         "first_s",
     ),
+    Break("unreachable peers rest over RDMA", Rules.turn_to_read_at, "now + 2.0 * took_s", "now"),
+    Break("they take turns", Rules.turn_to_read_at, "self.next_turn_at = turn_at + 3.0 * took_s", ""),
+    Break("a turn in each INTERVAL", Rules.turn_to_read_at, ", now + self.interval_s)", ", float('inf'))"),
+    Break("no rest where there is nobody else", Rules.turn_to_read_at, "and self.has_others()", ""),
+    Break("no rest over TCP", Rules.turn_to_read_at, "self.over_rdma and ", ""),
+    Break("a readable session has its neighbours read", SessionWatch.read, "self._read_neighbours(known, now)", "pass"),
     Break("late fail-open over RDMA", Session.opens_after_s, "120.0 if self.rules.over_rdma else 0.0", "0.0"),
     Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),
     Break(

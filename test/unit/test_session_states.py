@@ -630,6 +630,80 @@ def test_over_rdma_no_request_is_lost_while_mooncake_leaves_a_device_alone_whose
     assert prober.let_in(OTHER) == [(about(120.0), UNREADABLE)], "one that cannot be verified is kept out for good"
 
 
+# Over RDMA reads that fail hold up transfers to others.
+
+UNREACHABLE = Peer(memory=Verdict.UNREADABLE, read_takes=10.0)  # Mooncake tries nine times to connect
+
+
+def over_rdma(*others: str) -> VirtualProber:
+    """``others`` have registered, and nothing is wrong with them."""
+    prober = VirtualProber()
+    prober.watch.rules.over_rdma = True
+    prober.registrations = {other: object() for other in others}
+    return prober
+
+
+def test_over_rdma_an_unreachable_peer_is_read_without_a_rest_while_there_is_nobody_else() -> None:
+    prober = over_rdma(D)
+    prober.fail(D, peer=UNREACHABLE)
+    prober.run(60)
+    assert prober.moments("read", D) == pytest.approx([1.0, 12.1, 23.3, 34.4, 45.6, 56.7], abs=0.3)
+
+
+def test_over_rdma_an_unreachable_peer_is_read_a_third_of_the_time_beside_others() -> None:
+    prober = over_rdma(D, OTHER)
+    prober.fail(D, peer=UNREACHABLE)
+    prober.run(100)
+    assert prober.moments("read", D) == pytest.approx([1.0, 31.0, 61.0, 91.0], abs=0.3)
+
+
+def test_over_rdma_reads_that_fail_at_once_are_repeated_soon_beside_others() -> None:
+    prober = over_rdma(D, OTHER)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(10)
+    assert len(prober.moments("read", D)) == 8
+
+
+def test_over_tcp_nobody_rests_because_no_thread_stands_still() -> None:
+    prober = over_rdma(D, OTHER)
+    prober.watch.rules.over_rdma = False
+    prober.fail(D, peer=UNREACHABLE)
+    prober.run(30)
+    assert len(prober.moments("read", D)) == 3
+
+
+def test_over_rdma_two_unreachable_peers_are_not_read_at_the_same_time_beside_others() -> None:
+    prober = over_rdma(D, OTHER, "well:1")
+    prober.fail(D, OTHER, peer=UNREACHABLE)
+    prober.run(75)
+    (_, *first), (_, *second) = (prober.moments("read", session) for session in (D, OTHER))
+    assert len(first) >= 2
+    assert all(abs(at - other_at) >= 9.9 for at in first for other_at in second), (first, second)
+
+
+def test_over_rdma_each_unreachable_peer_has_a_turn_in_interval_however_many_there_are() -> None:
+    prober = over_rdma(D, OTHER, "third:1", "well:1")
+    prober.fail(D, OTHER, "third:1", peer=UNREACHABLE)
+    prober.run(100)
+    reads = [prober.moments("read", session) for session in (D, OTHER, "third:1")]
+    assert all(len(times) >= 3 for times in reads), "one of them is read seldom"
+    gaps = [later - before for times in reads for before, later in itertools.pairwise(times)]
+    assert max(gaps) < 10.0 + 30.0 + 1.0
+
+
+def test_over_rdma_all_sessions_of_a_machine_are_let_in_as_soon_as_one_is_readable() -> None:
+    prober = over_rdma("decode:1", "decode:2", "decode:3", "well:1")
+    sessions = many("decode", 3)
+    prober.fail(*sessions, peer=UNREACHABLE)
+    prober.run(15)
+    for session in sessions:
+        prober.becomes(session, HEALTHY)
+    prober.run(30)
+    times = [prober.let_in(session)[0][0] for session in sessions]
+    assert min(times) < 32.0
+    assert max(times) - min(times) < 0.1, "one has to wait for its turn though its machine has healed"
+
+
 def test_reads_that_fail_after_interval_let_their_peer_in_at_once() -> None:
     prober = VirtualProber(interval_s=1.5)
     prober.fail(D, peer=Peer(memory=Verdict.UNREADABLE, read_takes=0.9))

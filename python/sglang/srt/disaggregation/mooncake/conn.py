@@ -124,6 +124,7 @@ class _FailedSessionProber:
             wake=functools.partial(self._inbox.put, None),
             on_removed=lambda session: manager.session_failures.pop(session, None),
             registration=lambda session: _registration(manager, session),
+            registered=lambda: getattr(manager, "decode_kv_args_table", ()),
             transfer_timeout_s=_transfer_timeout_s(),
         )
         _probers.add(self)

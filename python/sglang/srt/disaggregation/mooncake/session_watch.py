@@ -94,7 +94,8 @@ class SessionWatch:
 
     Those in ``blacklisted`` are on it from the start. ``wake()`` is called when something fell due,
     ``on_removed(session)`` when a session is taken off here, and ``registration(session)`` gives the object that holds
-    what its peer has registered, another one after each registration. A transfer fails within ``transfer_timeout_s``.
+    what its peer has registered, another one after each registration. ``registered()`` gives all sessions whose peers
+    have. A transfer fails within ``transfer_timeout_s``.
     """
 
     def __init__(
@@ -106,15 +107,17 @@ class SessionWatch:
         wake: Callable[[], None] = lambda: None,
         on_removed: Callable[[Any], object] = lambda session: None,
         registration: Callable[[Any], object] = lambda session: None,
+        registered: Callable[[], Iterable[Any]] = tuple,
         transfer_timeout_s: float = TRANSFER_TIMEOUT_S,
     ) -> None:
         self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
         self.known: dict[Any, Session] = {}
-        self.rules = Rules(settings, jitter, transfer_timeout_s, settings.verify)
+        self.rules = Rules(settings, jitter, transfer_timeout_s, settings.verify, has_others=self._has_others)
         self._clock = clock
         self._wake = wake
         self._on_removed = on_removed
         self._registration = registration
+        self._registered = registered
         self._generations = itertools.count(1)
         self._due = DueHeap()
         self._places = Places(settings.concurrency)
@@ -283,7 +286,22 @@ class SessionWatch:
         known.reads_said = why or verdict.value
         if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
+        if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and known.unreadable is not None:
+            self._read_neighbours(known, now)
         self._carry_out(known, known.read(now, verdict, why), now)
+
+    def _read_neighbours(self, known: Session, now: float) -> None:
+        """What has healed one session has healed the others of its machine: they need not wait for their turn."""
+        self.rules.next_turn_at = now
+        host = known.id.rpartition(":")[0]
+        for other in list(self.known.values()):
+            if other.is_to_be_read_again() and other.id.rpartition(":")[0] == host:
+                self._carry_out(other, ReadAt(now), now)
+
+    def _has_others(self) -> bool:
+        return any(
+            (known := self.known.get(session)) is None or not known.blacklisted for session in list(self._registered())
+        )
 
     def waits_for(self, call: Call) -> bool:
         """True if what a call's reads show still counts. Any thread, with or without the lock."""
