@@ -35,25 +35,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Optional
 
-from sglang_failed_session_probe import SWITCH as _SWITCH
-from sglang_failed_session_probe import patch_points
-from sglang_failed_session_probe.own_files import load_settings, source_folder
+from sglang_failed_session_probe import ON_WORDS, SWITCH, patch_points, table
+from sglang_failed_session_probe.own_files import ENVIRON, file_of, load_settings
 from sglang_failed_session_probe.patch_points import ON_BY_DEFAULT, PatchPoints
 
 _DISTRIBUTION = "sglang-failed-session-probe"
 _PACKAGE = "sglang_failed_session_probe"
 _PTH = "sglang_failed_session_probe.pth"
 _PLUGIN_GROUP = "sglang.srt.plugins"
-_SETTINGS = {
-    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "interval_s",
-    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "max_interval_s",
-    "SGLANG_FAILED_SESSION_IDLE_TIMEOUT_S": "idle_timeout_s",
-    "SGLANG_FAILED_SESSION_PROBE_SETTLE_S": "settle_s",
-    "SGLANG_FAILED_SESSION_PROBE_VERIFY": "verify",
-    "SGLANG_FAILED_SESSION_PROBE_CONCURRENCY": "concurrency",
-}
-# Beside these, the interval and the longest interval are each judged alone.
-_WIDEST = {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1e-300", "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "1e300"}
 _OUR_PREFIXES = ("SGLANG_FAILED_SESSION", "SGLANG_ENABLE_FAILED")
 _INSTALL = "pip install sglang_failed_session_probe-*.whl"
 _REINSTALL = "pip install --force-reinstall --no-deps sglang_failed_session_probe-*.whl"
@@ -62,27 +51,28 @@ _FIRST_SGLANG_WITH_BLACKLIST = "0.4.7"
 _FIRST_MOONCAKE_THAT_ASKS = "0.3.11"
 _FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
 _FIRST_MOONCAKE_WITH_BOUND = "0.3.12"
-_MOONCAKE_LIBRARIES = {
-    "libibverbs.so.1": "libibverbs1",
-    "librdmacm.so.1": "librdmacm1",
-    "libnuma.so.1": "libnuma1",
-    "libcurl.so.4": "libcurl4",
-}
+# Debian calls the package of libnuma.so.1 libnuma1, and so on.
+_MOONCAKE_LIBRARIES = ("libibverbs.so.1", "librdmacm.so.1", "libnuma.so.1", "libcurl.so.4")
 _CHILD_DEADLINE_S = 20.0
+_GREEN = 32
 
 # What an error means for a prefill node, the worst first.
-_STOPS, _NO_PROBE, _UNSURE, _PARTLY = range(4)
+_STOPS = "will NOT start, because"
+_NO_PROBE = "will NOT probe blacklisted sessions, because"
+_UNSURE = "will perhaps NOT let healed sessions in, because"
+_PARTLY = "will probe blacklisted sessions, but not as asked:"
+_EFFECTS = (_STOPS, _NO_PROBE, _UNSURE, _PARTLY)
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One thing that was looked at. A finding of an error can follow "because"."""
+    """One thing that was looked at. The finding of an error can follow its effect."""
 
     mark: str
     subject: str
     finding: str
     do: str = ""
-    effect: int = _NO_PROBE
+    effect: str = _NO_PROBE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,28 +92,20 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """What will happen on a prefill node that is started from here, in one sentence."""
-        errors = sorted((line for line in self.lines if line.mark == "error"), key=lambda line: line.effect)
+        errors = [line for line in self.lines if line.mark == "error"]
         if errors:
-            worst = errors[0]
+            worst = min(errors, key=lambda line: _EFFECTS.index(line.effect))
+            node = "A prefill node started here" if self.asked_for else "Switched on, a prefill node started here"
             more = f" ({len(errors) - 1} more above)" if len(errors) > 1 else ""
-            return f"{self._what_happens(worst.effect)}{worst.finding}; do this: {worst.do}{more}."
+            return f"{node} {worst.effect} {worst.finding}; do this: {worst.do}{more}."
         if self.asked_for:
             return "A prefill node started here will probe blacklisted sessions."
         if self.asked_for is False:
-            return f"A prefill node started here will probe no sessions, as {_SWITCH} asks for."
+            return f"A prefill node started here will probe no sessions, as {SWITCH} asks for."
         own = ""
         if self.points and self.points.has("native probe"):
             own = f", its own probe {'on' if self.points.has(ON_BY_DEFAULT) else 'off'}"
-        return f"A prefill node started here will run SGLang as it is{own}: the switch is not set; set {_SWITCH}=1."
-
-    def _what_happens(self, effect: int) -> str:
-        node = "A prefill node started here" if self.asked_for else "Switched on, a prefill node started here"
-        return {
-            _STOPS: f"{node} will NOT start, because ",
-            _NO_PROBE: f"{node} will NOT probe blacklisted sessions, because ",
-            _UNSURE: f"{node} will perhaps NOT let healed sessions in, because ",
-            _PARTLY: f"{node} will probe blacklisted sessions, but not as asked: ",
-        }[effect]
+        return f"A prefill node started here will run SGLang as it is{own}: the switch is not set; set {SWITCH}=1."
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
@@ -158,7 +140,8 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
     """Looks at everything. Starts two short processes, and imports nothing of SGLang's or Mooncake's in this one."""
     folder = patch_points.find_sglang()
     points = patch_points.examine(folder) if folder else None
-    switch, asked_for = _look_at_switch(environment)
+    settings = _settings()
+    switch, asked_for = _look_at_switch(environment, settings)
     mooncake, mooncake_lines = _look_at_mooncake(environment)
     lines = [
         *_look_at_sglang(folder, points),
@@ -167,8 +150,8 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
         *_look_at_doors(points, environment),
         *_look_at_libraries(points),
         switch,
-        *_look_at_settings(environment, asked_for),
-        *_look_at_misspelt(environment, folder, asked_for),
+        *(_look_at_settings(environment, asked_for, settings) if settings else ()),
+        *(_look_at_misspelt(environment, asked_for, settings, folder) if settings else ()),
         *_look_at_metrics_folder(environment, points),
     ]
     misspelt = any(line.subject == "misspelt" and line.mark == "error" for line in lines)
@@ -176,13 +159,10 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
 
 
 def _print(found: Diagnosis) -> None:
-    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    colours = {"ok": "32", "warning": "33", "error": "31"} if is_coloured else {}
+    colours = {"ok": _GREEN, "warning": table.YELLOW, "error": table.RED}
     width = max(len(line.subject) for line in found.lines)
     for line in found.lines:
-        mark = f"{line.mark:<7}"
-        if line.mark in colours:
-            mark = f"\033[{colours[line.mark]}m{mark}\033[0m"
+        mark = table.coloured(f"{line.mark:<7}", colours.get(line.mark))
         print(f"{mark}  {line.subject:<{width}}  {line.finding}")
         if line.do:
             print(f"{'':<7}  {'':<{width}}  do this: {line.do}")
@@ -229,14 +209,14 @@ def _look_at_sglang(folder: Optional[pathlib.Path], points: Optional[PatchPoints
 
 # Mooncake.
 
-# Uses our own code as a node does: `sglang` is our tree there, so that SGLang is not imported.
+# Uses our own code as a node does, without SGLang.
 _CHILD_WITH_ENGINE = """
-import json, os, sys, types
+import json, os, sys
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 sys.path[:] = json.loads(sys.argv[1])
-sys.modules["sglang"] = types.ModuleType("sglang")
-sys.modules["sglang"].__path__ = [sys.argv[2]]
+from sglang_failed_session_probe import own_files
+own_files.leave_sglang_out()
 from sglang.srt.disaggregation.mooncake import session_probe, tent_probe
 print("our files are there", file=answers)
 def can_probe():
@@ -265,7 +245,7 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
     places = spec and spec.submodule_search_locations
     folder = pathlib.Path(next(iter(places))) if places else None
     path = [*sys.path, *([str(folder.parent)] if folder else [])]
-    child = _child(["-S", "-c", _CHILD_WITH_ENGINE, json.dumps(path), str(source_folder() / "sglang")], environment)
+    child = _child(["-S", "-c", _CHILD_WITH_ENGINE, json.dumps(path)], environment)
     found_our_files, *answers = child.stdout.splitlines() or [""]
     engine = json.loads(answers[0]) if answers else _how_it_ended(child)
     if folder is None or not any(folder.glob("engine*")):
@@ -274,33 +254,42 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
         return None, [Line("error", "Mooncake", finding, do, _STOPS)]
     wheels = _wheels_in(folder)
     wheel = _wheel_of_engine(wheels)
-    release = _release_line(wheel, engine, environment)
-    lines = [*_several_wheels(wheels, wheel, release), release]
+    lines = [_release_line(wheel, engine, environment)]
+    if len(wheels) > 1:
+        them = " and ".join(map(str, wheels))
+        whose = f"the engine is that of {wheel}" if wheel else "the engine is none of theirs"
+        finding = f"{len(wheels)} wheels of Mooncake lie over one another: {them}; {whose}"
+        do = f"pip uninstall -y {' '.join(each.name for each in wheels)}, then install the one for this machine"
+        effect = _UNSURE if lines[0].mark == "ok" else lines[0].effect
+        lines.insert(0, Line("error", "Mooncake", finding, do, effect))
     if found_our_files:  # else it is our own files that are not there, which is said elsewhere
         lines.append(_engine_line(engine, wheel))
     if answers[1:2] == ["true"]:
-        lines.append(_SHORT_QUEUE)
+        finding = (
+            "over TCP, a burst of more than 1,024 blocks overflows this Mooncake's queue to a decode node, which then "
+            "may not be reached any more until this node is started anew"
+        )
+        do = "set MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535, or install Mooncake 0.3.14 or later"
+        lines.append(Line("warning", "queue", finding, do))
     lines += map(_tent_line, map(json.loads, answers[2:]))
     return str(wheel) if wheel else None, lines
 
 
 def _child(arguments: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    with subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=_CHILD_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    try:
+        return subprocess.run(
+            command,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_CHILD_DEADLINE_S,
+        )
+    except subprocess.TimeoutExpired as late:  # which has bytes, not text
+        output, errors = (str(said or b"", errors="replace") for said in (late.stdout, late.stderr))
+        return subprocess.CompletedProcess(command, -signal.SIGKILL, output, errors)
 
 
 def _how_it_ended(child: subprocess.CompletedProcess[str]) -> str:
@@ -362,33 +351,18 @@ def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
     return changed
 
 
-def _several_wheels(wheels: list[_Wheel], wheel: Optional[_Wheel], release: Line) -> Iterator[Line]:
-    if len(wheels) > 1:
-        names = [each.name for each in wheels]
-        them = " and ".join(map(str, wheels))
-        whose = f"the engine is that of {wheel}" if wheel else "the engine is none of theirs"
-        yield Line(
-            "error",
-            "Mooncake",
-            f"{len(wheels)} wheels of Mooncake lie over one another: {them}; {whose}",
-            f"pip uninstall -y {' '.join(names)}, then install the one for this machine",
-            _UNSURE if release.mark == "ok" else release.effect,
-        )
-
-
 def _release_line(wheel: Optional[_Wheel], engine: Any, environment: Mapping[str, str]) -> Line:
     name = str(wheel or "Mooncake of unknown release")
     release = wheel.release if wheel else "0"
     can_probe = engine if isinstance(engine, bool) else _at_least(release, _FIRST_MOONCAKE_THAT_ASKS)
     if not can_probe:
-        answers = (
-            "it answers them" if _at_least(release, _FIRST_MOONCAKE_THAT_ANSWERS) else "it does not answer them either"
-        )
+        answers = _at_least(release, _FIRST_MOONCAKE_THAT_ANSWERS)
+        finding = f"{name} cannot send probes (it {'answers them' if answers else 'does not answer them either'})"
         do = (
             f"install Mooncake {_FIRST_MOONCAKE_THAT_ASKS} or later on the prefill nodes, "
             f"{_FIRST_MOONCAKE_THAT_ANSWERS} or later on the decode nodes"
         )
-        return Line("error", "Mooncake", f"{name} cannot send probes ({answers})", do)
+        return Line("error", "Mooncake", finding, do)
     if wheel and not _at_least(release, _FIRST_MOONCAKE_WITH_BOUND):
         finding = f"{name} sends and answers probes; where packets are dropped it waits two minutes to connect"
         return Line("warning", "Mooncake", finding, f"install {_FIRST_MOONCAKE_WITH_BOUND} or later")
@@ -417,18 +391,9 @@ def _engine_line(engine: Any, wheel: Optional[_Wheel]) -> Line:
         finding = f"{subject} needs {name}, which CUDA or the driver of a GPU brings and which is not here"
         do = "run doctor on the machine of the prefill node; if it says the same, install Mooncake's wheel for its CUDA"
         return Line("error", subject, finding, do, _UNSURE)
-    missing = [package for file, package in _MOONCAKE_LIBRARIES.items() if file == name or not _loads(file)]
+    missing = [file.replace(".so.", "") for file in _MOONCAKE_LIBRARIES if file == name or not _loads(file)]
     do = f"apt-get install {' '.join(missing)}" if missing else f"install what brings {name}"
     return Line("error", subject, f"{subject} needs {name}, which this system lacks", do, _STOPS)
-
-
-_SHORT_QUEUE = Line(
-    "warning",
-    "queue",
-    "over TCP, a burst of more than 1,024 blocks overflows this Mooncake's queue to a decode node, which then may "
-    "not be reached any more until this node is started anew",
-    "set MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535, or install Mooncake 0.3.14 or later",
-)
 
 
 def _tent_line(why_no_probe: str) -> Line:
@@ -454,7 +419,7 @@ def _loads(library: str) -> bool:
 
 def _look_at_package() -> Iterator[Line]:
     here = pathlib.Path(__file__).parent
-    if not (source_folder() / "sglang/srt/environ.py").is_file():
+    if not file_of(ENVIRON).is_file():
         yield Line("error", "package", f"in {here} the files for SGLang's modules are missing", _REINSTALL)
         return
     try:
@@ -471,9 +436,8 @@ def _look_at_package() -> Iterator[Line]:
     if not version_of(_DISTRIBUTION):
         yield Line("error", "package", f"what {home.parent} says of the installed package has no version", _REINSTALL)
     elif changed:
-        yield Line(
-            "error", "package", f"of the installed files these are not as they were: {', '.join(changed)}", _REINSTALL
-        )
+        finding = f"of the installed files these are not as they were: {', '.join(changed)}"
+        yield Line("error", "package", finding, _REINSTALL)
     else:
         yield Line("ok", "package", f"{version_of(_DISTRIBUTION)}, in {here}")
 
@@ -515,9 +479,8 @@ def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]
     if not pth_shut:
         yield Line("ok", ".pth file", "every process of this Python lets us in")
     elif not plugin_shut:
-        yield Line(
-            "warning", ".pth file", f"{pth_shut[0]}; processes without plugins (Ray) stay as they are", pth_shut[1]
-        )
+        why, do = pth_shut
+        yield Line("warning", ".pth file", f"{why}; processes without plugins (Ray) stay as they are", do)
     else:
         yield Line("error", ".pth file", *pth_shut)
 
@@ -549,24 +512,21 @@ def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]
     """Starts a process as a node would be, the switch on, and sees whether we are in. None if we are."""
     flags = {"-I": sys.flags.isolated, "-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site}
     started_with = [flag for flag, is_set in {**flags, "-S": sys.flags.no_site}.items() if is_set]
-    child = _child([*started_with, "-c", _CHILD_AT_THE_DOOR], {**environment, _SWITCH: "1"})
+    child = _child([*started_with, "-c", _CHILD_AT_THE_DOOR], {**environment, SWITCH: "1"})
     if "True" in child.stdout.split():
         return None
     if sys.flags.no_site:
         return "this Python runs with -S and reads no .pth file", "start it without -S"
     files = [folder for folder in map(pathlib.Path, sys.path) if (folder / _PTH).is_file()]
     if not files:
-        return f"{_PTH} is not there", _REINSTALL if _is_installed() else _INSTALL
+        is_installed = any(importlib.metadata.distributions(name=_DISTRIBUTION))
+        return f"{_PTH} is not there", _REINSTALL if is_installed else _INSTALL
     if f"{_PTH}:" in child.stderr:
         why = child.stderr.strip().splitlines()[-3:][0].strip()
         lacks = re.search(r"No module named '(\w+)'", why)
         repair = f"pip install {lacks.group(1)}" if lacks and lacks.group(1) != _PACKAGE else _REINSTALL
         return f"{files[0] / _PTH} fails: {why}", repair
     return f"{files[0]} is no folder whose .pth files this Python reads", _INSTALL
-
-
-def _is_installed() -> bool:
-    return any(importlib.metadata.distributions(name=_DISTRIBUTION))
 
 
 def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
@@ -587,70 +547,77 @@ def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
         except Exception as problem:
             finding = f"{name} is here and cannot be used ({problem}): {why}"
             yield Line("error", name, finding, f"pip install --force-reinstall {distribution}", effect)
+            continue
+        release, newer = version_of(distribution), _newer_than_installed(distribution)
+        if newer:
+            finding = f"{release}, which is older than what this package is made for"
+            yield Line("warning", name, finding, f"pip install '{newer}'")
         else:
-            yield _library_line(name, distribution)
+            yield Line("ok", name, release or "can be imported")
 
 
-def _library_line(name: str, distribution: str) -> Line:
-    """The release of a library that can be used, beside the oldest that our package asks for."""
+def _newer_than_installed(distribution: str) -> str:
+    """What our package requires of a library, if that is newer than what is installed; else empty."""
     release = version_of(distribution)
-    if not release:
-        return Line("ok", name, "can be imported")
     with contextlib.suppress(Exception):
         for required in importlib.metadata.requires(_DISTRIBUTION) or ():
             oldest = re.fullmatch(rf"{distribution}>=([\d.]+)", required)
-            if oldest and not _at_least(release, oldest.group(1)):
-                finding = f"{release}, which is older than what this package is made for"
-                return Line("warning", name, finding, f"pip install '{required}'")
-    return Line("ok", name, release)
+            if release and oldest and not _at_least(release, oldest.group(1)):
+                return required
+    return ""
 
 
 # Settings.
 
 
-def _look_at_switch(environment: Mapping[str, str]) -> tuple[Line, Optional[bool]]:
-    value = environment.get(_SWITCH, "").strip()
-    try:
-        enabled = load_settings().FailedSessionProbeSettings.from_environment({_SWITCH: value}).enabled
-    except OSError:
-        enabled = value.lower() in ("true", "1", "yes", "y", "on")
-    except ValueError as refused:
-        return Line("error", _SWITCH, str(refused).rstrip("."), f"set {_SWITCH}=1", _STOPS), True
+def _settings() -> Optional[Any]:
+    """The class of our settings, None if its file is missing."""
+    with contextlib.suppress(OSError):
+        return load_settings().FailedSessionProbeSettings
+    return None
+
+
+def _look_at_switch(environment: Mapping[str, str], settings: Optional[Any]) -> tuple[Line, Optional[bool]]:
+    value = environment.get(SWITCH, "").strip()
     if not value:
-        return Line("info", _SWITCH, "not set: SGLang stays as it is", f"set {_SWITCH}=1 on the prefill nodes"), None
-    return Line("ok" if enabled else "info", _SWITCH, "on" if enabled else "off: no probe at all"), enabled
-
-
-def _look_at_settings(environment: Mapping[str, str], asked_for: Optional[bool]) -> Iterator[Line]:
-    """The value of each setting, and whence it is; a value that is not allowed, in the words that would stop a node."""
+        return Line("info", SWITCH, "not set: SGLang stays as it is", f"set {SWITCH}=1 on the prefill nodes"), None
+    enabled = value.lower() in ON_WORDS
     try:
-        read = load_settings().FailedSessionProbeSettings.from_environment
-    except OSError:
-        return
+        if settings:
+            settings.from_environment({SWITCH: value})
+    except ValueError as refused:
+        return Line("error", SWITCH, str(refused).rstrip("."), f"set {SWITCH}=1", _STOPS), True
+    return Line("ok" if enabled else "info", SWITCH, "on" if enabled else "off: no probe at all"), enabled
+
+
+def _look_at_settings(environment: Mapping[str, str], asked_for: Optional[bool], settings: Any) -> Iterator[Line]:
+    """The value of each setting, and whence it is; a value that is not allowed, in the words that would stop a node."""
     bad = "error" if asked_for else "warning"  # switched off, nobody reads them
-    given = {name: environment.get(name, "").strip() for name in _SETTINGS}
     refused = False
-    for name, field in _SETTINGS.items():
+    for variable, field in settings.by_variable().items():
+        if variable == SWITCH:
+            continue
         try:
-            value = getattr(read({**_WIDEST, name: given[name]}), field)
+            value = settings.read(field, environment)
         except ValueError as error:
             refused = True
-            yield Line(bad, name, str(error).rstrip("."), f"set {name} to what is allowed, or unset it", _STOPS)
+            yield Line(bad, variable, str(error).rstrip("."), f"set {variable} to what is allowed, or unset it", _STOPS)
         else:
             shown = ("on" if value else "off") if isinstance(value, bool) else f"{value:g}"
-            yield Line("ok", name, f"{shown} ({'environment' if given[name] else 'default'})")
+            source = "environment" if environment.get(variable, "").strip() else "default"
+            yield Line("ok", variable, f"{shown} ({source})")
     if not refused:
         try:
-            read(given)
+            settings.from_environment({**environment, SWITCH: ""})
         except ValueError as error:  # each is allowed, but not beside the others
             yield Line(bad, "settings", str(error).rstrip("."), "change one of the two", _STOPS)
 
 
 def _look_at_misspelt(
-    environment: Mapping[str, str], folder: Optional[pathlib.Path], asked_for: Optional[bool]
+    environment: Mapping[str, str], asked_for: Optional[bool], settings: Any, folder: Optional[pathlib.Path]
 ) -> Iterator[Line]:
     """Variables that are nearly ours, and that nothing reads."""
-    known = [_SWITCH, *_SETTINGS]
+    known = list(settings.by_variable())
     with contextlib.suppress(OSError, TypeError):
         text = (folder / "srt/environ.py").read_text(errors="replace")  # type: ignore[operator]
         known += re.findall(r"\bSGLANG_\w*FAILED_SESSION\w*", text)
@@ -659,8 +626,8 @@ def _look_at_misspelt(
             continue
         is_ours = name.upper().startswith(_OUR_PREFIXES)
         meant = difflib.get_close_matches(name.upper(), known, 1, cutoff=0.6 if is_ours else 0.85)
-        if meant and meant[0] == _SWITCH and asked_for is None:
-            yield Line("error", "misspelt", f"nothing reads {name}", f"set {_SWITCH} in its place")
+        if meant and meant[0] == SWITCH and asked_for is None:
+            yield Line("error", "misspelt", f"nothing reads {name}", f"set {SWITCH} in its place")
         elif meant and meant[0] not in environment:
             mark = "error" if asked_for else "warning"
             yield Line(mark, "misspelt", f"nothing reads {name}", f"set {meant[0]} in its place", _PARTLY)

@@ -7,6 +7,7 @@ import logging
 import threading
 from typing import Any
 
+from sglang_failed_session_probe.own_files import CONN
 from sglang_failed_session_probe.printable import printable, printable_repr
 
 
@@ -43,4 +44,4 @@ class HarmlessLogger:
     error = functools.partialmethod(log, logging.ERROR)
 
 
-logger = HarmlessLogger("sglang.srt.disaggregation.mooncake.conn")  # SGLang's own name: operators filter by it
+logger = HarmlessLogger(CONN)  # SGLang's own name: operators filter by it

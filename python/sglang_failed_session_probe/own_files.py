@@ -1,11 +1,23 @@
-"""Where do our files for SGLang's modules lie, and how is one read without SGLang?"""
+"""Which files of ours are for which of SGLang's modules, where do they lie, and how is one read without SGLang?"""
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 import types
 
+ENVIRON = "sglang.srt.environ"
+ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
+OLD_ENGINE = "sglang.srt.disaggregation.mooncake.transfer_engine"  # to 0.5.8.post1
+CONN = "sglang.srt.disaggregation.mooncake.conn"
+# SGLang's modules that a module of ours is run in: ours, and the class that must be there, if any.
+PATCHED = {
+    ENVIRON: (ENVIRON, ""),
+    ENGINE: (ENGINE, "MooncakeTransferEngine"),
+    OLD_ENGINE: (ENGINE, "MooncakeTransferEngine"),
+    CONN: (CONN, "MooncakeKVManager"),
+}
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
@@ -15,19 +27,20 @@ def source_folder() -> pathlib.Path:
     return packed if packed.is_dir() else _PACKAGE.parent
 
 
+def file_of(module: str) -> pathlib.Path:
+    """Our file for the module of that name; there may be none."""
+    return source_folder().joinpath(*module.split(".")).with_suffix(".py")
+
+
+@functools.cache
 def load_settings() -> types.ModuleType:
     """Our ``sglang/srt/environ.py`` as a module of its own, whatever SGLang has. Raises OSError if it is not there."""
-    name = f"{__package__}.settings_file"
-    if name not in sys.modules:
-        file = source_folder() / "sglang/srt/environ.py"
-        code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
-        sys.modules[name] = types.ModuleType(name)  # dataclasses look for it there
-        try:
-            exec(code, vars(sys.modules[name]))
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    file = file_of(ENVIRON)
+    code = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+    module = types.ModuleType(f"{__package__}.settings_file")
+    sys.modules[module.__name__] = module  # dataclasses look for it there
+    exec(code, vars(module))
+    return module
 
 
 def leave_sglang_out() -> None:

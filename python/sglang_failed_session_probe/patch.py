@@ -20,22 +20,12 @@ from typing import Any, Optional
 import wrapt
 
 from sglang_failed_session_probe.harmless_logger import HarmlessLogger
-from sglang_failed_session_probe.own_files import source_folder
+from sglang_failed_session_probe.own_files import PATCHED, file_of
 
 _logger = HarmlessLogger(__name__)
 
-_ENGINE_FILE = "sglang/srt/distributed/device_communicators/mooncake_transfer_engine.py"
-
 # What each of our files gives to SGLang's module: patch_failed_session_probe(patch, names of the module).
 _ENTRY = "patch_failed_session_probe"
-
-# SGLang's module, our file, and the class that must be there, or None where the file does without.
-_PATCHED: dict[str, tuple[str, Optional[str]]] = {
-    "sglang.srt.environ": ("sglang/srt/environ.py", None),
-    "sglang.srt.distributed.device_communicators.mooncake_transfer_engine": (_ENGINE_FILE, "MooncakeTransferEngine"),
-    "sglang.srt.disaggregation.mooncake.transfer_engine": (_ENGINE_FILE, "MooncakeTransferEngine"),  # to 0.5.8.post1
-    "sglang.srt.disaggregation.mooncake.conn": ("sglang/srt/disaggregation/mooncake/conn.py", "MooncakeKVManager"),
-}
 
 
 class _NewModules(importlib.abc.MetaPathFinder):
@@ -44,16 +34,15 @@ class _NewModules(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[types.ModuleType] = None
     ) -> Optional[importlib.machinery.ModuleSpec]:
-        _, wanted = _PATCHED.get(fullname, ("", None))
-        if not fullname.startswith("sglang.") or wanted is not None:
+        _, wanted = PATCHED.get(fullname, ("", ""))
+        if not fullname.startswith("sglang.") or wanted:
             return None  # a file that changes a class of SGLang's is no module without it
-        place = source_folder() / fullname.replace(".", "/")
-        file = place.with_suffix(".py")
+        file = file_of(fullname)
         if file.is_file():
             return importlib.util.spec_from_file_location(fullname, file)
-        if place.is_dir():
+        if file.with_suffix("").is_dir():
             spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
-            spec.submodule_search_locations = [str(place)]
+            spec.submodule_search_locations = [str(file.with_suffix(""))]
             return spec
         return None
 
@@ -112,7 +101,7 @@ def install() -> None:
         return
     _patch = _Patch()
     sys.meta_path.append(_new_modules)
-    for name in _PATCHED:
+    for name in PATCHED:
         wrapt.register_post_import_hook(_change, name)
 
 
@@ -132,11 +121,11 @@ def _change(module: types.ModuleType) -> None:
         return
     patch.changed.add(module.__name__)
     try:
-        file, wanted = _PATCHED[module.__name__]
-        source = source_folder() / file
+        ours, wanted = PATCHED[module.__name__]
+        source = file_of(ours)
         if module.__file__ == str(source):
             return  # SGLang has no such module: this is our own
-        if wanted is not None and not hasattr(module, wanted):
+        if wanted and not hasattr(module, wanted):
             patch.give_up(f"{module.__name__}.{wanted}")
             return
         if _ENTRY not in vars(module):

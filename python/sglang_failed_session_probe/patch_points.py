@@ -18,15 +18,11 @@ from collections.abc import Iterable, Iterator
 from typing import Optional
 
 from sglang_failed_session_probe import SWITCH
-from sglang_failed_session_probe.own_files import source_folder
+from sglang_failed_session_probe.own_files import CONN, ENGINE, ENVIRON, OLD_ENGINE, PATCHED, file_of
 
-_CONN = "sglang.srt.disaggregation.mooncake.conn"
-_ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
-_OLD_ENGINE = "sglang.srt.disaggregation.mooncake.transfer_engine"  # to 0.5.8.post1
-_ENVIRON = "sglang.srt.environ"
 _PLUGINS = "sglang.srt.plugins"
-_MANAGER = "MooncakeKVManager"
-_ENGINE_CLASS = "MooncakeTransferEngine"
+_MANAGER = PATCHED[CONN][1]
+_ENGINE_CLASS = PATCHED[ENGINE][1]
 _ROLE = "disaggregation_mode"
 _BLACKLIST = "failed_sessions"
 _THE_SET = f"self.{_BLACKLIST}"
@@ -206,33 +202,33 @@ class _Examination:
         _, node = self._names(module).get(name, ("", None))
         self._note(name, self._where(module, node) if node else "", f"{module}.{name}")
 
-    def _look_for_free_names(self, module: str, file: str) -> None:
+    def _look_for_free_names(self, module: str) -> None:
         """Our file runs in SGLang's module: a name that both give a meaning of their own is taken."""
         theirs = self._names(module)
         with contextlib.suppress(OSError, SyntaxError, ValueError):  # doctor names a file of ours that is broken
-            ours = ast.parse(source_folder().joinpath(*file.split(".")).with_suffix(".py").read_bytes())
+            ours = ast.parse(file_of(PATCHED[module][0]).read_bytes())
             for name, (origin, _) in _bound(ours.body).items():  # branches are for where SGLang is not
                 if name in theirs and not (origin and theirs[name][0] == origin):
                     self._findings.append(Finding("names are free", False, self._where(module, theirs[name][1])))
                     self._missing.append(f"free name {name} in {module}")
 
     def _look_for_manager(self) -> None:
-        missing = f"{_CONN} that can be read" if self._path(_CONN).is_file() else _CONN
-        self._note(_CONN, self._where(_CONN) if self._tree(_CONN) else "", missing)
+        missing = f"{CONN} that can be read" if self._path(CONN).is_file() else CONN
+        self._note(CONN, self._where(CONN) if self._tree(CONN) else "", missing)
         if self._missing:
             return
-        self._look_for_name(_CONN, _MANAGER)
-        classes = self._classes(_CONN, _MANAGER)
+        self._look_for_name(CONN, _MANAGER)
+        classes = self._classes(CONN, _MANAGER)
         methods = [(module, node) for module, each in classes for node in each.body if isinstance(node, _Function)]
         if classes:
             inits = [(module, node) for module, node in methods if node.name == "__init__"][:1]
             takers = [self._where(*each) for each in inits if _ROLE in re.findall(r"\w+", ast.unparse(each[1].args))]
             self._note(_ROLE, "".join(takers), f"{_MANAGER}.__init__(..., {_ROLE}, ...)")
             self._look_for_attributes(methods)
-            own = {node.name: self._where(module, node) for module, node in methods if module == _CONN}
+            own = {node.name: self._where(module, node) for module, node in methods if module == CONN}
             self._note("native probe", own.get("_failed_session_probe_loop", ""), needed=False)
             self._note("teardown", own.get("teardown", ""), needed=False)
-        self._look_for_free_names(_CONN, _CONN)
+        self._look_for_free_names(CONN)
 
     def _look_for_attributes(self, methods: list[tuple[str, _Function]]) -> None:
         made: dict[str, list[tuple[str, str, ast.expr]]] = {}  # by attribute: module, method, value
@@ -283,18 +279,18 @@ class _Examination:
             self._doubt(f"{_MANAGER}.{name} is no threading.Lock() but {said}", where)
 
     def _look_for_engine(self) -> None:
-        there = [module for module in (_ENGINE, _OLD_ENGINE) if self._tree(module)]
+        there = [module for module in (ENGINE, OLD_ENGINE) if self._tree(module)]
         for module in there:
             self._look_for_name(module, _ENGINE_CLASS)
-            self._look_for_free_names(module, _ENGINE)
+            self._look_for_free_names(module)
         if not there:
             self._doubt(f"{_ENGINE_CLASS} is in neither of its two modules")
 
     def _look_for_settings(self) -> None:
-        _, envs = self._names(_ENVIRON).get("Envs", ("", None))
+        _, envs = self._names(ENVIRON).get("Envs", ("", None))
         if envs:
             for name in ("EnvBool", "EnvFloat", "EnvInt"):
-                self._look_for_name(_ENVIRON, name)
+                self._look_for_name(ENVIRON, name)
             on = [each for each in getattr(envs, "body", []) if ast.unparse(each) == f"{SWITCH} = EnvBool(True)"]
-            self._note(ON_BY_DEFAULT, self._where(_ENVIRON, on[0]) if on else "", needed=False)
-        self._look_for_free_names(_ENVIRON, _ENVIRON)
+            self._note(ON_BY_DEFAULT, self._where(ENVIRON, on[0]) if on else "", needed=False)
+        self._look_for_free_names(ENVIRON)

@@ -14,7 +14,6 @@ from installation import environment
 from nodes import clean_environment
 
 DEADLINE_S = 60
-SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 SGLANG = "sglang"
 MOONCAKE = "mooncake"
 WRAPT = "wrapt"

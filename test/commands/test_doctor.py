@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import doctored
 import pytest
-from environments import EVERYTHING, MOONCAKE, PROMETHEUS, SGLANG, SWITCH, WRAPT, Environment, add_wheel_record
+from environments import EVERYTHING, MOONCAKE, PROMETHEUS, SGLANG, WRAPT, Environment, add_wheel_record
 from installation import CHECKOUT, environment
 from places import place
-from sglang_failed_session_probe import doctor
+from sglang_failed_session_probe import SWITCH, doctor
 
 ON = {SWITCH: "1"}
 INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
@@ -496,8 +496,8 @@ def test_each_setting_says_whence_it_is(sound: Environment) -> None:
     assert report.line(SETTLE)["finding"] == "2 (environment)"
     assert report.line(INTERVAL)["finding"] == "400 (environment)"
     assert report.line("SGLANG_FAILED_SESSION_PROBE_VERIFY")["finding"] == "on (default)"
-    fields = doctor.load_settings().FailedSessionProbeSettings.__dataclass_fields__
-    assert {"enabled", *doctor._SETTINGS.values()} == set(fields), "a setting is not shown"
+    for variable in doctor.load_settings().FailedSessionProbeSettings.by_variable():
+        assert report.line(variable)["mark"] == "ok", "a setting is not shown"
 
 
 def test_a_misspelt_switch(sound: Environment) -> None:

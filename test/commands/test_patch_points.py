@@ -11,7 +11,9 @@ import sys
 import doctored
 import pytest
 from installation import RELEASES, environment
-from sglang_failed_session_probe import patch_points
+from sglang_failed_session_probe import SWITCH, patch_points
+from sglang_failed_session_probe.own_files import CONN as CONN_MODULE
+from sglang_failed_session_probe.own_files import OLD_ENGINE
 
 PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 EDITED = ["0.5.12.post1", "0.5.23"]
@@ -154,7 +156,7 @@ def test_the_words_are_those_of_the_error_line(edits: dict[str, tuple[str, str]]
         env={
             **{name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")},
             "PYTHONPATH": f"{tmp_path}{os.pathsep}{PYTHON_FOLDER}",
-            "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
+            SWITCH: "1",
         },
         capture_output=True,
         text=True,
@@ -168,9 +170,9 @@ def test_the_words_are_those_of_the_error_line(edits: dict[str, tuple[str, str]]
 @pytest.mark.parametrize(
     ("edits", "missing"),
     [
-        ({CONN: ("\nclass", "\n_blacklist = 1\n\nclass")}, f"free name _blacklist in {patch_points._CONN}"),
+        ({CONN: ("\nclass", "\n_blacklist = 1\n\nclass")}, f"free name _blacklist in {CONN_MODULE}"),
         ({ENVIRON: ("EnvFloat", "EnvDouble")}, "sglang.srt.environ.EnvFloat"),
-        ({CONN: ("        if disaggregation_mode", "if (")}, f"{patch_points._CONN} that can be read"),
+        ({CONN: ("        if disaggregation_mode", "if (")}, f"{CONN_MODULE} that can be read"),
     ],
     ids=["name taken", "no field type", "cannot be read"],
 )
@@ -186,7 +188,7 @@ def test_a_name_that_is_taken_in_the_module_that_the_engine_was_in_up_to_0_5_8_i
     folder = small(tmp_path, {})
     older = folder / "srt/disaggregation/mooncake/transfer_engine.py"
     older.write_text("class MooncakeTransferEngine: pass\n\ndef send_probe(): pass\n")
-    assert patch_points.examine(folder).missing == (f"free name send_probe in {patch_points._OLD_ENGINE}",)
+    assert patch_points.examine(folder).missing == (f"free name send_probe in {OLD_ENGINE}",)
 
 
 def test_a_small_release_fits_wherever_its_classes_have_the_attributes_from(tmp_path: pathlib.Path) -> None:

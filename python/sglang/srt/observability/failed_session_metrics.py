@@ -31,10 +31,8 @@ class _LazyMetric:
 
     _lock = threading.Lock()
 
-    def __init__(self, kind: str, name: str, documentation: str, **options: Any) -> None:
-        self._kind = kind
-        self._arguments = (name, documentation)
-        self._options = options
+    def __init__(self, kind: str, *arguments: str, **options: Any) -> None:
+        self._kind, self._arguments, self._options = kind, arguments, options
         self._metric: Optional[Any] = None
 
     def __getattr__(self, name: str) -> Any:
