@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
-import queue
 import socket
 import statistics
 import sys
@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
-from sglang_failed_session_probe.own_files import source_folder
+from sglang_failed_session_probe.own_files import leave_sglang_out
 from sglang_failed_session_probe.printable import printable, printable_repr
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ REFUSED_WITHIN_S = 0.5
 SILENT_FOR_S = (55.0, 100.0)
 # A read that is rejected takes a second at most; one whose packets are dropped at least MC_TRANSFER_TIMEOUT's least.
 READ_REJECTED_WITHIN_S = 4.0
-NO_ANSWER = -102  # Mooncake's rc, whatever the reason
 
 _LONGEST_UNHEARD_S = 0.25  # how long a Ctrl-C may go unheard
 _SAY_WAITING_AFTER_S = 1.0
@@ -65,18 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Probes and says what to check next; 0 if all probes were answered, and verified if that was wanted."""
-    _leave_sglang_out()
+    leave_sglang_out()
     if not arguments.verbose:
         _mute_mooncake()
     session, address = arguments.session, arguments.verify
     protocol = arguments.protocol or (os.environ.get("MOONCAKE_PROTOCOL", "rdma") if address else "tcp")
-    aside = _Aside(session)
     try:
-        engine = aside.do(lambda: _engine_towards(session, protocol))
+        engine = _aside(session, lambda: _engine_towards(session, protocol))
     except _CannotProbe as why:
         print(f"sglang-failed-session-probe probe: {why}", file=sys.stderr)
         return 1
-    answers = _probe_repeatedly(aside, engine, session, arguments.count)
+    answers = _probe_repeatedly(engine, session, arguments.count)
     failed = [answer for answer in answers if answer.rc != 0]
     if failed:
         print(f"next: {what_next(failed[-1])}")
@@ -86,40 +84,38 @@ def run(arguments: argparse.Namespace) -> int:
         if not failed:
             print("next: an answer is no proof that transfers work; a prefill node also reads its memory")
         return 1 if failed else 0
-    return 0 if _verify(aside, engine, session, address) and not failed else 1
+    return 0 if _verify(engine, session, address) and not failed else 1
 
 
 @dataclasses.dataclass
 class Answer:
     """What one probe gave, and when."""
 
-    rc: int
+    rc: int  # as from ``ask_and_listen``
     seconds: float
-    cut_short: bool = False  # it takes connections, and yet cuts probes short
 
     def __str__(self) -> str:
+        from sglang.srt.disaggregation.mooncake.session_probe import CUT_SHORT, NO_ANSWER, UNKNOWN_HOST
+
         if self.rc == 0:
             return f"answered (rc 0) in {_duration(self.seconds)}"
-        words = {-101: "host not known", NO_ANSWER: "cut short" if self.cut_short else "no answer"}.get(
-            self.rc, "failed"
-        )
-        return f"{words} (rc {self.rc}) after {_duration(self.seconds)}"
+        words = {UNKNOWN_HOST: "host not known", NO_ANSWER: "no answer", CUT_SHORT: "cut short"}.get(self.rc, "failed")
+        rc = NO_ANSWER if self.rc == CUT_SHORT else self.rc
+        return f"{words} (rc {rc}) after {_duration(self.seconds)}"
 
 
-def _probe_repeatedly(aside: _Aside, engine: Any, session: str, count: int) -> list[Answer]:
-    from sglang.srt.disaggregation.mooncake.session_probe import CUT_SHORT, ask_and_listen
+def _probe_repeatedly(engine: Any, session: str, count: int) -> list[Answer]:
+    from sglang.srt.disaggregation.mooncake.session_probe import ask_and_listen
 
     def probe() -> Answer:
         began = time.monotonic()
-        rc = ask_and_listen(engine, session)
-        seconds = time.monotonic() - began
-        return Answer(NO_ANSWER, seconds, cut_short=True) if rc == CUT_SHORT else Answer(rc, seconds)
+        return Answer(ask_and_listen(engine, session), time.monotonic() - began)
 
     answers: list[Answer] = []
     for number in range(count):
         if number:
             time.sleep(max(0.0, INTERVAL_S - answers[-1].seconds))
-        answers.append(aside.do(probe))
+        answers.append(_aside(session, probe))
         print(f"{session} {answers[-1]}")
     if count > 1:
         times = [answer.seconds for answer in answers if answer.rc == 0]
@@ -133,17 +129,21 @@ def _spread(times: list[float]) -> str:
 
 
 def what_next(answer: Answer) -> str:
-    if answer.rc == -101:
+    """What to check after a probe that was not answered."""
+    from sglang.srt.disaggregation.mooncake import session_probe
+
+    if answer.rc == session_probe.UNKNOWN_HOST:
         return (
             "look at the host's name: it is not known here, or has an IPv6 address alone and MC_USE_IPV6=1 is not set"
         )
-    if answer.rc != NO_ANSWER:
-        return "run it again with --verbose: Mooncake's own log says more"
-    if answer.cut_short:
+    if answer.rc == session_probe.CUT_SHORT:
         return (
-            "something takes connections there and answers no probe: its Mooncake is older than 0.3.10.post2, or "
-            "another program has that port (each start of a decode node takes another one)"
+            "something takes connections there and answers no probe: its Mooncake is older than "
+            f"{session_probe.FIRST_MOONCAKE_THAT_ANSWERS}, or another program has that port (each start of a decode "
+            "node takes another one)"
         )
+    if answer.rc != session_probe.NO_ANSWER:
+        return "run it again with --verbose: Mooncake's own log says more"
     if answer.seconds < REFUSED_WITHIN_S:
         return (
             "nothing listens on that port, or the way there is rejected: is the decode node up, is this still its "
@@ -160,12 +160,12 @@ def what_next(answer: Answer) -> str:
     )
 
 
-def _verify(aside: _Aside, engine: Any, session: str, address: int) -> bool:
+def _verify(engine: Any, session: str, address: int) -> bool:
     from sglang.srt.disaggregation.mooncake.session_probe import READ_BYTES, READS_AT_A_TIME, MemoryReader, ask
-    from sglang.srt.disaggregation.mooncake.session_states import Verdict
+    from sglang.srt.disaggregation.mooncake.session_states import TRANSFER_TIMEOUT_S, Verdict
 
     # Reads whose packets are dropped are pending: they are given up as Mooncake gives up a transfer.
-    ends_within_s = 30.0
+    ends_within_s = TRANSFER_TIMEOUT_S
     with contextlib.suppress(ValueError):  # as Mooncake, which takes its default then
         ends_within_s = float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
     reader = MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
@@ -179,7 +179,7 @@ def _verify(aside: _Aside, engine: Any, session: str, address: int) -> bool:
         return verdict or Verdict.UNREADABLE, reads.why or "reads of its memory have not ended"
 
     began = time.monotonic()
-    verdict, why = aside.do(read)
+    verdict, why = _aside(session, read)
     seconds = time.monotonic() - began
     if verdict in (Verdict.READABLE, Verdict.READABLE_LATE, Verdict.READABLE_UNSEEN):
         print(f"transfers work: {READS_AT_A_TIME} reads of {READ_BYTES} bytes at {address:#x} in {_duration(seconds)}")
@@ -206,48 +206,37 @@ def _what_next_to_verify(verdict: Optional[Verdict], address: int, seconds: floa
     )
 
 
-class _Aside:
-    """Runs what may hang in Mooncake on a thread of its own, so that a Ctrl-C is heard meanwhile."""
+def _aside(session: str, job: Callable[[], Any]) -> Any:
+    """Gives what the job gives or raises what it raises, and says on a terminal that it waits.
 
-    def __init__(self, session: str) -> None:
-        self._session = session
+    The job may hang in Mooncake, so it runs on a thread of its own; a Ctrl-C is heard meanwhile and ends it.
+    """
+    from sglang.srt.disaggregation.mooncake.hung_call import end_call
 
-    def do(self, job: Callable[[], Any]) -> Any:
-        """Gives what the job gives or raises what it raises; says on a terminal that it waits. A Ctrl-C ends it."""
-        from sglang.srt.disaggregation.mooncake.hung_call import end_call
+    done: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
-        results: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                results.put((job(), None))
-            except BaseException as error:
-                results.put((None, error))
-
-        thread = threading.Thread(target=work, name="MooncakeProbe", daemon=True)
-        thread.start()
-        began = time.monotonic()
+    def work() -> None:
         try:
-            while True:
-                with contextlib.suppress(queue.Empty):
-                    given, error = results.get(timeout=_LONGEST_UNHEARD_S)
-                    break
-                _say_waiting(time.monotonic() - began)
-        except BaseException:  # a thread that comes back while the interpreter shuts down would abort it
-            end_call(thread.native_id or 0, self._session, thread.is_alive)
-            thread.join(timeout=0.5)
-            raise
-        finally:
-            if sys.stdout.isatty():
-                print(_ERASE_LINE, end="", flush=True)
-        if error is not None:
-            raise error
-        return given
+            done.set_result(job())
+        except BaseException as error:
+            done.set_exception(error)
 
-
-def _say_waiting(waited_s: float) -> None:
-    if sys.stdout.isatty() and waited_s > _SAY_WAITING_AFTER_S:
-        print(f"{_ERASE_LINE}no answer yet, {waited_s:.0f} s", end="", flush=True)
+    thread = threading.Thread(target=work, name="MooncakeProbe", daemon=True)
+    thread.start()
+    began = time.monotonic()
+    try:
+        while not concurrent.futures.wait([done], timeout=_LONGEST_UNHEARD_S).done:
+            waited_s = time.monotonic() - began
+            if sys.stdout.isatty() and waited_s > _SAY_WAITING_AFTER_S:
+                print(f"{_ERASE_LINE}no answer yet, {waited_s:.0f} s", end="", flush=True)
+    except BaseException:  # a thread that comes back while the interpreter shuts down would abort it
+        end_call(thread.native_id or 0, session, thread.is_alive)
+        thread.join(timeout=0.5)
+        raise
+    finally:
+        if sys.stdout.isatty():
+            print(_ERASE_LINE, end="", flush=True)
+    return done.result()
 
 
 def _engine_towards(session: str, protocol: str) -> Any:
@@ -260,25 +249,21 @@ def _engine_towards(session: str, protocol: str) -> Any:
         os.environ["MC_USE_IPV6"] = "1"
     try:
         engine = MooncakeTransferEngine(_own_address(session))
-    except ModuleNotFoundError as error:
-        raise _CannotProbe(
-            NOT_INSTALLED if (error.name or "").startswith("mooncake") else printable(str(error))
-        ) from error
-    except ImportError as error:
-        raise _CannotProbe(f"Mooncake cannot be imported: {printable(str(error))}") from error
-    except RuntimeError as error:
-        raise _CannotProbe(
-            f"{printable(str(error))} --verbose shows its log; --protocol tcp needs no device"
-        ) from error
+    except (ImportError, RuntimeError) as error:
+        why = printable(str(error))
+        if isinstance(error, RuntimeError):
+            why += " --verbose shows its log; --protocol tcp needs no device"
+        elif not isinstance(error, ModuleNotFoundError):
+            why = f"Mooncake cannot be imported: {why}"
+        elif (error.name or "").startswith("mooncake"):
+            why = NOT_INSTALLED
+        raise _CannotProbe(why) from error
+    mooncake = session_probe.mooncake_version()
     if tent_probe.is_on():  # a probe may end the process, and reads are not safe
-        raise _CannotProbe(
-            f"{session_probe.mooncake_version()} runs on TENT here: run this without MC_USE_TENT and MC_USE_TEV1"
-        )
+        raise _CannotProbe(f"{mooncake} runs on TENT here: run this without MC_USE_TENT and MC_USE_TEV1")
     if not session_probe.can_probe(engine):
-        raise _CannotProbe(
-            f"{session_probe.mooncake_version()} cannot probe: install Mooncake "
-            f"{session_probe.FIRST_MOONCAKE_WITH_PROBE} or later here"
-        )
+        needed = session_probe.FIRST_MOONCAKE_WITH_PROBE
+        raise _CannotProbe(f"{mooncake} cannot probe: install Mooncake {needed} or later here")
     return engine
 
 
@@ -291,13 +276,6 @@ def _own_address(session: str) -> str:
             return str(unsent.getsockname()[0])
     except OSError:
         return "127.0.0.1"
-
-
-def _leave_sglang_out() -> None:
-    """Makes our files under ``sglang`` importable by their names without SGLang, whose import takes half a minute."""
-    package = types.ModuleType("sglang")
-    package.__path__ = [str(source_folder() / "sglang")]
-    sys.modules.setdefault("sglang", package)
 
 
 def _mute_mooncake() -> None:
@@ -313,7 +291,7 @@ def _duration(seconds: float) -> str:
 
 
 def _session(text: str) -> str:
-    _leave_sglang_out()
+    leave_sglang_out()
     from sglang.srt.disaggregation.mooncake.session_watch import is_session_id
 
     if not is_session_id(text):
