@@ -12,11 +12,12 @@ from imposters import imposters
 from network import Network
 from node import PYTHON_FOLDER, Node
 from prometheus_server import PrometheusServer
+from sglang_failed_session_probe import SWITCH
 
 SHUT_PORTS = (20001, 20000)  # handshake and data
 METRICS_PORTS = range(9100, 9200)  # which no connection takes while a node is away
 MANY, HUNG = 6, 4
-SWITCHED_OFF = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "0"}
+SWITCHED_OFF = {SWITCH: "0"}
 SETTINGS = {
     "hung": {"SGLANG_FAILED_SESSION_PROBE_CONCURRENCY": str(HUNG // 2)},  # so that as many hang as may
     "data_port_shut": {"SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "300"},  # not let in unverified before the end

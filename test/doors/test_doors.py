@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 from installation import RELEASES, environment_with, sglang_folder
 from places import Place
+from sglang_failed_session_probe import SWITCH
 
 PROCESS = pathlib.Path(__file__).with_name("door_process.py")
-ON = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "1"}
+ON = {SWITCH: "1"}
 
 
 @pytest.mark.parametrize(

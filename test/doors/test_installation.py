@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from installation import environment
 from places import Place, place, site_packages
+from sglang_failed_session_probe import SWITCH as ENABLE
 
-ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
 HEAVY = "('sglang', 'wrapt', 'prometheus_client', 'mooncake')"
 LOADED = f"import sys; print(*sorted(name for name in {HEAVY} if name in sys.modules))"
 COST_US = 1000

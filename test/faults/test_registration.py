@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from network import Network, why_no_network
 from node import Node
+from sglang.srt.disaggregation.mooncake.session_probe import NO_ANSWER as REFUSED
 
 SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
 VERIFY = "SGLANG_FAILED_SESSION_PROBE_VERIFY"
-REFUSED = -102
 RecordFault = Callable[..., None]
 
 

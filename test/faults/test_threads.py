@@ -37,7 +37,7 @@ LAST = "last:7000"
 THREADS = 16
 LONGEST_HOLD_S = 0.001
 ROUNDS = 8
-REFUSED = -102
+REFUSED = session_probe.NO_ANSWER
 NO_MEMORY = types.SimpleNamespace(kv_data_ptrs=[], kv_data_lens=[], aux_data_ptrs=[], aux_data_lens=[])
 SOME_MEMORY = PeerMemory(dst_kv_ptrs=[4096], dst_aux_ptrs=[8192])
 QUICK = {

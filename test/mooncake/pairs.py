@@ -14,10 +14,11 @@ from typing import Optional
 
 from network import Network
 from nodes import SOURCE_PAGES, TARGET_PAGES, Node, Sent, hand_over, is_blacklisted, recovers, send
+from sglang.srt.disaggregation.mooncake import session_probe
 
 VERSIONS = ["0.3.9", "0.3.10.post2", "0.3.11", "0.3.12", "0.3.13.post1", "0.3.14"]
-FIRST_THAT_ASKS = "0.3.11"
-FIRST_THAT_ANSWERS = "0.3.10.post2"
+FIRST_THAT_ASKS = session_probe.FIRST_MOONCAKE_WITH_PROBE
+FIRST_THAT_ANSWERS = session_probe.FIRST_MOONCAKE_THAT_ANSWERS
 FIRST_THAT_ACKNOWLEDGES = "0.3.12"
 
 FAULT_S = 3.0

@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sglang_failed_session_probe import SWITCH
+
 PROGRAM = pathlib.Path(__file__).with_name("manager_process.py")
 START_DEADLINE_S = 300.0
 ANSWER_DEADLINE_S = 60.0
 TRANSFER_TIMEOUT_S = 5  # the least that Mooncake takes for MC_TRANSFER_TIMEOUT
-ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+ENABLE = SWITCH
 SOURCE_PAGES = [3, 4, 9, 10, 11]
 TARGET_PAGES = [20, 21, 40, 5, 6]
 

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-REFUSED = -102
+from sglang.srt.disaggregation.mooncake.session_probe import NO_ANSWER as REFUSED
+
 PENDING = "pending"
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
+from sglang_failed_session_probe import SWITCH
 
-ENABLE = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+ENABLE = SWITCH
 INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
 D = "decode:7001"
 OTHER = "other:7002"
