@@ -194,7 +194,7 @@ BREAKS = [
         "not can_land or ",
         "",
     ),
-    Break("the transport is found out", Prober.run, "= _session_probe.is_over_rdma()", "= False", CONN_TESTS),
+    Break("the transport is found out", Prober.run, "if _session_probe.is_over_rdma():", "if False:", CONN_TESTS),
     Break(
         "pause after a failed read",
         Session._pause_s,
@@ -318,7 +318,7 @@ BREAKS = [
         "a fault of the listener stops nothing", FailedSessions._tell, "except Exception:", "except ZeroDivisionError:"
     ),
     # Through the engine.
-    Break("four reads", MemoryReader.begin, "for _ in range(READS_AT_A_TIME):", "for _ in range(1):", PROBE_TESTS),
+    Break("four reads", MemoryReader.begin, "for _ in range(self.reads_at_a_time):", "for _ in range(1):", PROBE_TESTS),
     Break(
         "no read without a fresh answer",
         Prober._make,

@@ -245,8 +245,13 @@ def test_the_daemon_thread_finds_out_whether_it_is_rdma(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_probe, "is_over_rdma", lambda: True)
-    manager = make_manager(Engine())
+    engine = Engine()
+    manager = make_manager(engine)
     assert wait_until(lambda: watch_of(manager).rules.over_rdma)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager))
+    assert len(engine.reads) == 1, "reads that fail hold up transfers to others"
 
 
 def test_a_failure_wakes_the_sleeping_daemon_thread(make_manager: MakeManager) -> None:

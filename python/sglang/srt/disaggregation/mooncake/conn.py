@@ -133,7 +133,9 @@ class _FailedSessionProber:
     def run(self) -> None:
         """The body of the daemon thread; returns when ``shutdown`` is set."""
         self._thread = threading.current_thread()
-        self.watch.rules.over_rdma = _session_probe.is_over_rdma()
+        if _session_probe.is_over_rdma():
+            self.watch.rules.over_rdma = True
+            self._reader.reads_at_a_time = 1
         workers = _probe_workers.Workers(_WORKER_THREAD, self._make, self._inbox)
         _session_file.remove_dead()
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
