@@ -762,7 +762,13 @@ BREAKS = [
     Break("no file of another user is read", sessions_file.read, "not in (0, found.st_uid)", "is None", FILE_TESTS),
     Break("no endless file is read", sessions_file.read, "found.st_size > _MOST_BYTES", "False", FILE_TESTS),
     Break("another clock is not believed", sessions_file.read, "> time.monotonic() + 1.0", "== 0", FILE_TESTS),
-    Break("no other format is read", sessions_file._parsed, 'about.pop("format") != _FORMAT', "False", FILE_TESTS),
+    Break(
+        "no other format is read",
+        sessions_file._parsed,
+        'about.pop("format") != _FORMAT',
+        'about.pop("format") is None',
+        FILE_TESTS,
+    ),
     Break("each field is of its type", sessions_file._parsed, "if not _is_one_of(", "if 0 in (", FILE_TESTS),
     Break(
         "no moment beyond counting", sessions_file._is_one_of, "not -1e15 < value < 1e15", "value is None", FILE_TESTS
@@ -781,6 +787,7 @@ BREAKS = [
         "self.probe_said, self.reads_said = (getattr(self, name, '') for name in ('probe_said', 'reads_said'))",
         ROWS_TESTS,
     ),
+    Break("an answer is kept in words", Prober._tell_answer, "said=self._in_words(answer)", 'said=""', CONN_TESTS),
     Break(
         "a young probe does not hang", session_rows._row, "call.asked_at + Places.YOUNG_S", "call.asked_at", ROWS_TESTS
     ),

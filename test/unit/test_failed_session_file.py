@@ -145,8 +145,8 @@ class Written:
 def test_nothing_is_written_while_nothing_is_blacklisted_but_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     written = Written(monkeypatch)
     written.run(3600)
-    assert written.writes == [1000.0]
     assert written.file.write_if_due(written.prober.watch) is None, "a timer runs though nothing is blacklisted"
+    assert written.writes == [1000.0]
 
 
 def test_it_is_written_at_once_and_then_once_a_second_while_something_is_blacklisted(
