@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
 
-.PHONY: test test-fast faults rdma mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
+.PHONY: test test-fast faults rdma router mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
 # plus the downloads. Half of it is waiting, so the stock managers run beside all that comes after.
@@ -37,6 +37,15 @@ rdma:
 	rm -f .rdma.jsonl
 	for run in $$(seq $(RUNS)); do RDMA_REPORT=$(CURDIR)/.rdma.jsonl $(ENGINES) -m pytest test/rdma || failed=1; done; \
 	  $(PYTHON) tools/rdma_table.py docs/rdma.md .rdma.jsonl && exit $$failed
+
+# What clients lose behind SGLang's stock router, with its defaults and with the flags of docs/operations.md, and the table
+# of docs/router.md. Real servers on the CPU; about 25 minutes, the first time plus the downloads. CELLS=--quick: a few of
+# them in 5 minutes, without the page.
+CELLS ?=
+router: network-tools
+	rm -f .router.jsonl
+	$(PYTHON) -m router $(CELLS) .router.jsonl; failed=$$?; \
+	  $(PYTHON) tools/router_table.py $(if $(CELLS),,docs/router.md) .router.jsonl && exit $$failed
 
 # Two managers of each stock release, one release after another, and the table of docs/matrix.md. About 45 minutes and
 # 8 GB, the first time plus the downloads. SGLANG=0.5.8.post1: that row alone.

@@ -10,15 +10,15 @@ from tools import environment
 
 from . import scenario, servers, tiny_model
 from .settings import SWITCH
-from .show import WITH, WITHOUT, show
+from .show import LOGS, show
 from .timeline import Timeline
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 RELEASE = os.environ.get("SGLANG_VERSION") or environment.SHARED_RELEASE
 
 
-def tell(folder: pathlib.Path, timeline: Timeline) -> tuple[scenario.Outcome, scenario.Outcome]:
-    """Install our wheel beside SGLang RELEASE and play the scenario twice."""
+def set_up(folder: pathlib.Path, timeline: Timeline) -> pathlib.Path:
+    """Install our wheel beside SGLang RELEASE and write a model to `folder`/model; gives the python that has both."""
     timeline.heading(f"Setting up: SGLang {RELEASE} on the CPU, and our wheel beside it")
     name = f"sglang-{RELEASE}"
     wheel = environment.built_wheel(name, CHECKOUT, folder / "wheel")
@@ -27,9 +27,15 @@ def tell(folder: pathlib.Path, timeline: Timeline) -> tuple[scenario.Outcome, sc
     timeline.event("wheel", "installed, in a virtual environment in front of the one with SGLang")
     tiny_model.write(folder / "model")
     timeline.event("model", "written: two random Llama layers")
+    return python
+
+
+def tell(folder: pathlib.Path, timeline: Timeline) -> tuple[scenario.Outcome, scenario.Outcome]:
+    """Play the scenario twice."""
+    python = set_up(folder, timeline)
 
     def play(feature: bool) -> scenario.Outcome:
-        logs = folder / (WITH if feature else WITHOUT)
+        logs = folder / LOGS / ("with" if feature else "without")
         own = "" if feature else ", which switches SGLang's own probe off too, where it has one"
         timeline.heading(f"{'With' if feature else 'Without'} the feature: {SWITCH}={int(feature)} on prefill{own}")
         timeline.event("servers", "starting a prefill and a decode server; takes about a minute")

@@ -58,13 +58,17 @@ class Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with uninterrupted():
-            self._end()
+        self.kill()
 
     def check(self) -> None:
         """Raise Failure if the process has ended."""
         if self.popen.poll() is not None:
             raise Failure(f"the {self.name} process has ended by itself (status {self.popen.returncode})", self.log)
+
+    def kill(self) -> None:
+        """SIGKILL it and all of its descendants, before the `with` block ends."""
+        with uninterrupted():
+            self._end()
 
     def stop(self, pid: int) -> None:
         """SIGSTOP the member `pid` of this session; when this returns, none of its threads runs any more.

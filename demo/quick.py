@@ -16,7 +16,7 @@ from . import loopback, scenario
 from .answers import Pending
 from .processes import Failure, Process, uninterrupted
 from .settings import SWITCH, node_variables
-from .show import WITH, WITHOUT, show
+from .show import LOGS, show
 from .timeline import Timeline
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ class EnginePair:
 @contextlib.contextmanager
 def running(python: pathlib.Path, feature: bool, logs: pathlib.Path) -> Iterator[EnginePair]:
     """Run a pair of managers; both are ready when the block begins. The logs go to the folder `logs`."""
-    logs.mkdir()
+    logs.mkdir(parents=True)
     program = pathlib.Path(__file__).with_name("engine_node.py")
     variables = {**node_variables(feature), "PYTHONPATH": str(CHECKOUT / "python")}
     with contextlib.ExitStack() as stack:
@@ -110,7 +110,7 @@ def tell(folder: pathlib.Path, timeline: Timeline) -> tuple[scenario.Outcome, sc
 
     def play(feature: bool) -> scenario.Outcome:
         timeline.heading(f"{'With' if feature else 'Without'} the feature: {SWITCH}={int(feature)} on prefill")
-        with running(python, feature, folder / (WITH if feature else WITHOUT)) as pair:
+        with running(python, feature, folder / LOGS / ("with" if feature else "without")) as pair:
             timeline.event("managers", "a prefill and a decode manager are ready, each in a process of its own")
             return scenario.play(pair, feature, timeline)
 

@@ -62,6 +62,7 @@ class Report(Protocol):
 class Outcome:
     """What was seen. `served_after_s` counts from the moment decode goes on; None: not within WATCH_S."""
 
+    log: pathlib.Path  # of prefill
     feature: bool
     active: bool
     first: Answer
@@ -89,6 +90,22 @@ class Outcome:
             wanted[f"{COUNTER} reads 0 or is not there"] = not self.recoveries
         return [f"not seen: {what}" for what, seen in wanted.items() if not seen]
 
+    def cells(self) -> dict[str, str]:
+        """What the closing table says of it, by label."""
+        after_s = self.served_after_s
+        told = re.search(rf"session (\S+) {REFUSAL}", self.refused.text if self.refused else "")
+        return {
+            "blacklisted session": told[1] if told else "not seen",
+            "request before the fault": "served" if self.first.served else "failed",
+            "request during the fault": "served" if self.wedged.served else "failed",
+            "request after the fault": "failed" if after_s is None else "served",
+            "served again after SIGCONT": f"still dead after {WATCH_S:.0f} s"
+            if after_s is None
+            else f"{after_s:.2f} s",
+            "failed requests": str(self.failed_requests),
+            "recoveries on /metrics": "not there" if self.recoveries is None else f"{self.recoveries:g}",
+        }
+
 
 def play(pair: Pair, feature: bool, report: Report) -> Outcome:
     """Tell the story on `pair`, whose prefill has the feature on or off. Raises Failure if a process ends by itself."""
@@ -108,7 +125,7 @@ def play(pair: Pair, feature: bool, report: Report) -> Outcome:
     recoveries = _recoveries(pair, feature)
     report.event("metrics", f"{COUNTER} {'is not there' if recoveries is None else f'{recoveries:g}'}")
     failed += not wedged.served
-    return Outcome(feature, active, first, wedged, refused, failed, served_after_s, recoveries)
+    return Outcome(pair.log, feature, active, first, wedged, refused, failed, served_after_s, recoveries)
 
 
 def _watch(pair: Pair, pending: Pending | None, report: Report) -> tuple[Answer | None, int, float | None]:

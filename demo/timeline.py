@@ -6,10 +6,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
-
-from .scenario import WATCH_S, Outcome
 
 _BOLD, _GREEN, _RED, _DIM, _PLAIN = "\033[1m", "\033[32m", "\033[31m", "\033[2m", "\033[0m"
 _REDRAW_S = 0.1
@@ -45,9 +43,9 @@ class Timeline:
             self._stream.write("\r\033[K" + self._in(_DIM, f"{self._passed():7.1f} s  ... {what}"[:width]))
             self._stream.flush()
 
-    def table(self, on: Outcome, off: Outcome) -> None:
-        """Print both outcomes side by side."""
-        rows = [["", "with the feature", "without"], *_rows(on, off)]
+    def table(self, on: Mapping[str, str], off: Mapping[str, str]) -> None:
+        """Print the cells of both outcomes side by side, under one label each."""
+        rows = [["", "with the feature", "without"], *([label, on[label], off[label]] for label in on)]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         self._line("\n" + self._in(_BOLD, lines[0]))
@@ -73,20 +71,3 @@ class Timeline:
 
     def _line(self, text: str) -> None:
         print(("\r\033[K" if self._live else "") + text, file=self._stream, flush=True)
-
-
-def _rows(*outcomes: Outcome) -> list[list[str]]:
-    cells: dict[str, Callable[[Outcome], str]] = {
-        "request before the fault": lambda seen: "served" if seen.first.served else "failed",
-        "request during the fault": lambda seen: "served" if seen.wedged.served else "failed",
-        "request after the fault": lambda seen: "failed" if seen.served_after_s is None else "served",
-        "served again after SIGCONT": _served_again,
-        "failed requests": lambda seen: str(seen.failed_requests),
-        "recoveries on /metrics": lambda seen: "not there" if seen.recoveries is None else f"{seen.recoveries:g}",
-    }
-    return [[label, *map(cell, outcomes)] for label, cell in cells.items()]
-
-
-def _served_again(outcome: Outcome) -> str:
-    after_s = outcome.served_after_s
-    return f"still dead after {WATCH_S:.0f} s" if after_s is None else f"{after_s:.2f} s"

@@ -4,7 +4,7 @@
 
 NAME is `engines` (Mooncake without SGLang) or `sglang-RELEASE` (what real servers of that release need, on a CPU),
 and either with `+VERSION` for another version of Mooncake, e.g. engines+0.3.10.post2; or `bench` (engines, and what
-draws plots) or `dist` (engines, and what checks packages).
+draws plots), `dist` (engines, and what checks packages) or `router-VERSION` (the stock router alone).
 Standard library only: this runs before anything is installed.
 """
 
@@ -38,8 +38,10 @@ MOONCAKE_VERSION = "0.3.13.post1"
 MOONCAKE_FOR_CUDA = ("mooncake-transfer-engine-cuda13", "tokenspeed-mooncake")
 CUDA_RUNTIME = "nvidia-cuda-runtime==13.*"
 BEFORE_ENGINES = ("bench", "dist")  # `engines` with the packages of a file of their own in front of it
+ROUTER = "sglang-router"
 STAMP = "recipe.sha256"
 DEADLINE_S = 1800.0
+_VERSION = r"(\d+(?:\.\d+)+(?:\.?(?:post|rc)\d+)?)"
 
 # What Mooncake's shared library is linked against, by Debian package.
 MOONCAKE_LIBRARIES = {
@@ -126,6 +128,8 @@ def _folder(name: str) -> pathlib.Path:
     pip takes a package for one of its own environment if the path of that is the beginning of the package's path, and
     then removes it to install another version: sglang-0.5.2 must not stand in front of sglang-0.5.23 by that name.
     """
+    if _router(name):
+        return VENVS / name
     release, mooncake = _parts(name)
     is_in_front = name in BEFORE_ENGINES or mooncake or release not in (None, SHARED_RELEASE)
     return VENVS / (f"{name}.front" if is_in_front else name)
@@ -140,14 +144,19 @@ def _parts(name: str) -> tuple[str | None, str | None]:
     """The release of SGLang and the version of Mooncake that an environment's name asks for; None for the usual one."""
     if name in BEFORE_ENGINES:
         return None, None
-    version = r"\d+(?:\.\d+)+(?:\.?(?:post|rc)\d+)?"
-    match = re.fullmatch(rf"(?:engines|sglang-({version}))(?:\+({version}))?", name)
+    match = re.fullmatch(rf"(?:engines|sglang-{_VERSION})(?:\+{_VERSION})?", name)
     if not match:
         raise CannotMake(
             f"there is no environment {name!r}: say engines, sglang-RELEASE, one of them with +MOONCAKE, "
-            f"{' or '.join(BEFORE_ENGINES)}"
+            f"router-VERSION, {' or '.join(BEFORE_ENGINES)}"
         )
     return match.group(1), match.group(2)
+
+
+def _router(name: str) -> str | None:
+    """The version of the router that an environment's name asks for; None if it asks for something else."""
+    match = re.fullmatch(f"router-{_VERSION}", name)
+    return match and match[1]
 
 
 def _requirements(what: str) -> pathlib.Path:
@@ -156,6 +165,8 @@ def _requirements(what: str) -> pathlib.Path:
 
 def _recipe(name: str) -> str:
     """What the environment consists of, as one hash: its requirements and the python that it is made for."""
+    if _router(name):
+        return hashlib.sha256("\n".join((name, platform.python_version(), sys.base_prefix)).encode()).hexdigest()
     release, _ = _parts(name)
     made_for = [name, MOONCAKE_VERSION, SHARED_RELEASE, platform.python_version(), sys.base_prefix]
     if name in BEFORE_ENGINES:
@@ -165,6 +176,10 @@ def _recipe(name: str) -> str:
 
 
 def _make(name: str, folder: pathlib.Path) -> None:
+    if version := _router(name):
+        say("download: 30 MB, on disk: 140 MB")
+        _pip_install(_new_venv(folder), f"{ROUTER}=={version}", pip=_bundled_pip())
+        return
     release, mooncake = _parts(name)
     if name in BEFORE_ENGINES:
         say(_size(_requirements(name)))

@@ -153,6 +153,7 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
         *(_look_at_settings(environment, asked_for, settings) if settings else ()),
         *(_look_at_misspelt(environment, asked_for, settings, folder) if settings else ()),
         *_look_at_metrics_folder(environment, points),
+        *([_BEHIND_A_ROUTER] if asked_for else []),
     ]
     misspelt = any(line.subject == "misspelt" and line.mark == "error" for line in lines)
     return Diagnosis(tuple(lines), asked_for if asked_for is not None or not misspelt else True, points, mooncake)
@@ -651,3 +652,11 @@ def _look_at_metrics_folder(environment: Mapping[str, str], points: Optional[Pat
         yield Line("error", subject, f"this user cannot write to {subject}={folder}", "make it writable", effect)
     else:
         yield Line("ok", subject, folder)
+
+
+_BEHIND_A_ROUTER = Line(
+    "info",
+    "router",
+    "cannot be seen from here; with sglang-router's defaults clients fail for up to a minute after a session is back",
+    "start it with --retry-max-retries 40 --retry-max-backoff-ms 500 --cb-timeout-duration-secs 1 (docs/operations.md)",
+)

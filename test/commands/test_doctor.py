@@ -17,6 +17,8 @@ from installation import CHECKOUT, environment
 from places import place
 from sglang_failed_session_probe import SWITCH, doctor
 
+from router import grid
+
 ON = {SWITCH: "1"}
 INTERVAL = "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S"
 MAX_INTERVAL = "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S"
@@ -528,3 +530,10 @@ def test_a_metrics_folder_that_is_not_there(sound: Environment, tmp_path: pathli
     assert report.errors == [MULTIPROC]
     assert report.verdict.startswith(f"{WILL_NOT_START}{MULTIPROC}={tmp_path / 'nowhere'} is no folder")
     assert sound.doctor(**{MULTIPROC: str(tmp_path)}, **ON).line(MULTIPROC)["mark"] == "ok"
+
+
+def test_a_router_may_be_before_the_node_and_is_to_have_the_flags_that_were_measured(sound: Environment) -> None:
+    line = sound.doctor(**ON).line("router")
+    assert line["mark"] == "info"
+    assert " ".join(grid.FLAGS[grid.ADVISED]) in line["do"]
+    assert [line for line in sound.doctor().lines if line["subject"] == "router"] == []
