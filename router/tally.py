@@ -25,7 +25,7 @@ class Tally:
     again_s: float | None  # after the heal, a request to the decode node that was cut off is served
 
     def __str__(self) -> str:
-        last = "" if self.last_failure_s is None else f", the last {self.last_failure_s:.1f} s after the heal"
+        last = "" if self.last_failure_s is None else f", the last {self.last_failure_s:.1f} s later"
         return f"{self.failed} of {self.requests} FAILED{last if self.over else ', still failing'}"
 
 
