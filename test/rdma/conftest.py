@@ -40,12 +40,18 @@ def pair_of_two_devices() -> Iterator[Pair]:
     yield from _pair(devices=2)
 
 
-def _pair(devices: int) -> Iterator[Pair]:
+@pytest.fixture
+def pair_beside_another() -> Iterator[Pair]:
+    """As ``pair_of_two_devices``, and a third machine."""
+    yield from _pair(devices=2, another=True)
+
+
+def _pair(devices: int, another: bool = False) -> Iterator[Pair]:
     try:
         machines.image()
     except machines.environment.CannotMake as why:
         pytest.skip(f"NO FAULT OVER RDMA IS INJECTED: {why}")
-    with machines.pair(devices) as pair:
+    with machines.pair(devices, another) as pair:
         yield pair
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Networks of the two machines: on the first they shake hands, on the others there is RDMA.
+# Of the network cards: over the first the machines shake hands, the others are RDMA devices.
 SUBNETS = ("192.168.77", "192.168.78", "192.168.79")
 
 
@@ -50,7 +50,7 @@ class Guest:
             "MOONCAKE_PROTOCOL": "rdma",
             **environment,
         }
-        with open(f"/run/mooncake-{name}.log", "a") as log:
+        with self._log(name).open("a") as log:
             self._nodes[name] = subprocess.Popen(
                 [sys.executable, str(HERE / "guest_node.py"), role],
                 env=variables,
@@ -79,16 +79,28 @@ class Guest:
         self._nodes[name].kill()
         self._nodes[name].wait()
 
+    def end(self, name: str) -> None:
+        """As ``kill``, and its log goes too."""
+        self.kill(name)
+        del self._nodes[name]
+        self._log(name).unlink()
+
+    def log(self, name: str) -> str:
+        """The last megabyte of what a node and Mooncake in it have written, from all of its processes."""
+        return self._log(name).read_bytes()[-1_000_000:].decode(errors="replace")
+
     def clock(self) -> float:
         return time.monotonic()
+
+    def _log(self, name: str) -> pathlib.Path:
+        return pathlib.Path(f"/run/mooncake-{name}.log")
 
     def _answer(self, name: str) -> Any:
         stdout = self._nodes[name].stdout
         assert stdout is not None
         line = stdout.readline()
         if not line:
-            log = pathlib.Path(f"/run/mooncake-{name}.log").read_text(errors="replace")
-            raise RuntimeError(f"{name} has ended with {self._nodes[name].wait()}: {log[-3000:]}")
+            raise RuntimeError(f"{name} has ended with {self._nodes[name].wait()}: {self.log(name)[-3000:]}")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -100,6 +112,8 @@ def set_up_networks(machine: str, devices: int) -> None:
     commands = [
         "ip link set lo up",
         "echo 0 > /proc/sys/net/ipv4/tcp_max_tw_buckets",  # a killed process leaves its ports free at once
+        # Of the devices on one network each answers for itself.
+        "echo 1 > /proc/sys/net/ipv4/conf/all/arp_ignore && echo 2 > /proc/sys/net/ipv4/conf/all/arp_announce",
     ]
     for number, subnet in enumerate(SUBNETS[: devices + 1]):
         commands.append(f"ip address add {subnet}.{machine}/24 dev eth{number} && ip link set eth{number} up")

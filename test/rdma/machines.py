@@ -1,4 +1,4 @@
-"""Two machines with emulated RDMA devices: how are they started, cut off from each other, and ended?"""
+"""Machines with emulated RDMA devices: how are they started, cut off from each other, and ended?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Optional
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "faults"))
@@ -24,11 +24,18 @@ import processes  # noqa: E402
 from image import Image, environment, image  # noqa: E402
 
 Direction = Literal["to", "back", "both"]  # towards the decode node, from it, or both
-HANDSHAKE, RDMA = "net0", ("net1", "net2")
+HANDSHAKE, RDMA = "handshake", ("rdma0", "rdma1")
 BOOT_S = 180.0  # 20 s on an idle machine
 QEMU = "qemu-system-x86_64 -accel tcg,thread=multi -cpu max -m 2048 -nodefaults -display none -serial stdio -no-reboot"
 KERNEL_WORDS = "console=ttyS0 quiet panic=-1 mitigations=off net.ifnames=0"
 GUEST_FILES = ("guest.py", "guest_node.py")
+
+
+class Cable(NamedTuple):
+    """One end of a cable between two machines, a descriptor."""
+
+    end: int
+    is_for_handshakes: bool
 
 
 class Lines:
@@ -52,12 +59,13 @@ class Lines:
 
 
 class Machine:
-    """One of the two, number 1 or 2. ``cables`` are descriptors, a network each.
+    """One of them, number 1, 2 or 3.
 
-    ``folder`` is this machine's, and seen in the new one too.
+    ``cables`` are descriptors: of the network for handshakes, and of that for RDMA, which all devices of all machines
+    share, so that each reaches each, as Mooncake expects. ``folder`` is this machine's, and seen in the new one too.
     """
 
-    def __init__(self, number: int, parts: Image, cables: list[int], folder: pathlib.Path) -> None:
+    def __init__(self, number: int, parts: Image, devices: int, cables: list[Cable], folder: pathlib.Path) -> None:
         self.number = number
         self._agent, self._monitor = Lines(), Lines()
         self._ids = itertools.count(1)
@@ -65,13 +73,12 @@ class Machine:
         self._waiting: dict[int, Future[Any]] = {0: self._is_up}
         self._replies: list[Future[Any]] = []
         self._console = folder / f"console-{number}"
-        devices = len(cables) - 1
         program = f"{sys.executable} {folder / GUEST_FILES[0]} {number} {parts.preload} {devices}"
         boot = ["-kernel", str(parts.kernel), "-initrd", str(parts.initrd), "-append", f"{KERNEL_WORDS} -- {program}"]
         with self._console.open("w") as console:
             self._process = processes.start(
-                [*QEMU.split(), *self._hardware(cables).split(), *boot],
-                pass_fds=[self._agent.descriptor, self._monitor.descriptor, *cables],
+                [*QEMU.split(), *self._hardware(devices, cables).split(), *boot],
+                pass_fds=[self._agent.descriptor, self._monitor.descriptor, *(cable.end for cable in cables)],
                 stdout=console,
                 stderr=console,
             )
@@ -79,7 +86,7 @@ class Machine:
             lines.inherited()
             threading.Thread(target=read, daemon=True).start()
 
-    def _hardware(self, cables: list[int]) -> str:
+    def _hardware(self, devices: int, cables: list[Cable]) -> str:
         options = [
             "-device virtio-serial -device virtserialport,chardev=agent,name=agent",
             f"-chardev socket,id=agent,fd={self._agent.descriptor}",
@@ -87,12 +94,16 @@ class Machine:
             f"-chardev socket,id=monitor,fd={self._monitor.descriptor}",
             "-virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
         ]
-        for place, cable in enumerate(cables):
+        for place, cable in enumerate(cables):  # what comes out of one goes on through the others, and to the cards
+            hub = 0 if cable.is_for_handshakes else 1
+            options.append(f"-netdev socket,id=out{place},fd={cable.end}")
+            options.append(f"-netdev hubport,id=in{place},hubid={hub},netdev=out{place}")
+        for place, network in enumerate([HANDSHAKE, *RDMA[:devices]]):
+            options.append(f"-netdev hubport,id={network},hubid={min(place, 1)}")
             mac = f"52:54:00:00:{place:02}:{self.number:02}"
             options += [
-                f"-netdev socket,id=net{place},fd={cable}",
-                f"-device virtio-net-pci,netdev=net{place},id=card{place},mac={mac},romfile=",
-                f"-chardev null,id=nowhere-net{place}",
+                f"-device virtio-net-pci,netdev={network},id={network}-card,mac={mac},romfile=",
+                f"-chardev null,id={network}-nowhere",
             ]
         return " ".join(options)
 
@@ -118,9 +129,8 @@ class Machine:
         """Cables are out on this side meanwhile, which this machine's kernel sees."""
         with contextlib.ExitStack() as plug_in:
             for network in networks:
-                card = network.replace("net", "card")
-                plug_in.callback(self._execute, "set_link", name=card, up=True)
-                self._execute("set_link", name=card, up=False)
+                plug_in.callback(self._execute, "set_link", name=f"{network}-card", up=True)
+                self._execute("set_link", name=f"{network}-card", up=False)
             yield
 
     def drop(self, network: str, queue: Literal["tx", "rx", "all"]) -> None:
@@ -131,7 +141,7 @@ class Machine:
             "object-add",
             **{"qom-type": "filter-redirector", "id": f"drop-{network}", "netdev": network},
             queue=queue,
-            outdev=f"nowhere-{network}",
+            outdev=f"{network}-nowhere",
         )
 
     def deliver(self, network: str) -> None:
@@ -176,10 +186,10 @@ class Machine:
 
 
 class Pair:
-    """A prefill's and a decode's machine, with networks between them."""
+    """A prefill's and a decode's machine, and perhaps another decode's, with networks between them."""
 
-    def __init__(self, prefill: Machine, decode: Machine, devices: int) -> None:
-        self.prefill, self.decode = prefill, decode
+    def __init__(self, devices: int, prefill: Machine, decode: Machine, other_decode: Optional[Machine] = None) -> None:
+        self.prefill, self.decode, self.other_decode = prefill, decode, other_decode
         self.rdma = RDMA[:devices]
 
     @contextlib.contextmanager
@@ -194,8 +204,8 @@ class Pair:
 
 
 @contextlib.contextmanager
-def pair(devices: int = 1) -> Iterator[Pair]:
-    """Starts two machines with so many RDMA devices each, and ends them. Only one such pair runs at a time.
+def pair(devices: int = 1, another: bool = False) -> Iterator[Pair]:
+    """Starts two machines with so many RDMA devices each, or three, and ends them. Only one such pair runs at a time.
 
     Raises `environment.CannotMake` with the reason where there can be none.
     """
@@ -205,18 +215,22 @@ def pair(devices: int = 1) -> Iterator[Pair]:
         folder = pathlib.Path(running.enter_context(tempfile.TemporaryDirectory(prefix="rdma-")))
         for name in GUEST_FILES:  # as they are now, whatever is edited meanwhile
             shutil.copy(HERE / name, folder)
-        cables = [[end.detach() for end in socket.socketpair()] for _ in range(devices + 1)]
+        # All cables end in the first machine.
+        ends: dict[int, list[Cable]] = {number: [] for number in range(1, 4 if another else 3)}
+        for number, for_handshakes in itertools.product(list(ends)[1:], (True, False)):
+            for machine, end in zip((1, number), socket.socketpair(), strict=True):
+                ends[machine].append(Cable(end.detach(), for_handshakes))
         machines: list[Machine] = []
         try:
-            for side in (0, 1):
-                ends = [cable[side] for cable in cables]
-                machines.append(Machine(side + 1, parts, ends, folder))
+            for number, cables in ends.items():
+                machines.append(Machine(number, parts, devices, cables, folder))
                 running.callback(machines[-1].end)
         finally:
-            for end in itertools.chain(*cables):
-                os.close(end)
+            for cable in itertools.chain(*ends.values()):
+                os.close(cable.end)
         began = time.monotonic()
         for machine in machines:
             machine.wait_until_up()
-        environment.say(f"two machines with {devices} RDMA device(s) are up after {time.monotonic() - began:.0f} s")
-        yield Pair(machines[0], machines[1], devices)
+        booted_s = time.monotonic() - began
+        environment.say(f"{len(machines)} machines with {devices} RDMA device(s) are up after {booted_s:.0f} s")
+        yield Pair(devices, *machines)

@@ -675,20 +675,54 @@ def test_over_tcp_nobody_rests_because_no_thread_stands_still() -> None:
 def test_over_rdma_two_unreachable_peers_are_not_read_at_the_same_time_beside_others() -> None:
     prober = over_rdma(D, OTHER, "well:1")
     prober.fail(D, OTHER, peer=UNREACHABLE)
-    prober.run(75)
+    prober.run(119)
     (_, *first), (_, *second) = (prober.moments("read", session) for session in (D, OTHER))
     assert len(first) >= 2
     assert all(abs(at - other_at) >= 9.9 for at in first for other_at in second), (first, second)
 
 
-def test_over_rdma_each_unreachable_peer_has_a_turn_in_interval_however_many_there_are() -> None:
-    prober = over_rdma(D, OTHER, "third:1", "well:1")
-    prober.fail(D, OTHER, "third:1", peer=UNREACHABLE)
-    prober.run(100)
-    reads = [prober.moments("read", session) for session in (D, OTHER, "third:1")]
-    assert all(len(times) >= 3 for times in reads), "one of them is read seldom"
-    gaps = [later - before for times in reads for before, later in itertools.pairwise(times)]
-    assert max(gaps) < 10.0 + 30.0 + 1.0
+def test_over_rdma_a_machine_with_many_unreachable_sessions_is_read_no_more_than_one_but_each_is_probed() -> None:
+    sessions = many("decode", 8)
+    prober = over_rdma("well:1", *sessions)
+    prober.fail(*sessions, peer=UNREACHABLE)
+    prober.run(119)
+    reads = sorted(at for session in sessions for at in prober.moments("read", session))
+    assert reads == pytest.approx([1.0, 22.0, 52.0, 82.0, 112.0], abs=2.0)
+    asked = [sorted(prober.moments("probe", session) + prober.moments("read", session)) for session in sessions]
+    gaps = [later - before for times in asked for before, later in itertools.pairwise(times)]
+    assert max(gaps) <= 30.0 + 0.1
+
+
+def test_over_rdma_a_machine_that_is_well_again_has_all_its_sessions_let_in_at_once() -> None:
+    sessions = many("decode", 8)
+    prober = over_rdma("well:1", *sessions)
+    prober.fail(*sessions, peer=Peer(read_takes=0.02))
+    prober.run(1.2)
+    assert all(prober.let_in(session) for session in sessions)
+
+
+def test_over_rdma_a_session_that_is_forgotten_while_it_is_read_holds_up_none_of_its_machine() -> None:
+    prober = over_rdma("well:1", *many("decode", 2))
+    prober.fail("decode:1", peer=READS_NEVER_END)
+    prober.run(2)
+    prober.register("decode:1")
+    prober.fail("decode:2", peer=HEALTHY)
+    prober.run(1.2)
+    assert prober.let_in("decode:2")
+
+
+def test_over_rdma_a_peer_that_was_silent_meanwhile_does_not_wait_for_its_turn() -> None:
+    prober = over_rdma("well:1", D, "other:1")
+    prober.fail(D, "other:1", peer=UNREACHABLE)
+    prober.run(20)
+    for session in (D, "other:1"):
+        prober.becomes(session, REFUSING)
+    prober.run(16)
+    for session in (D, "other:1"):
+        prober.becomes(session, HEALTHY)
+    prober.run(3)
+    assert prober.let_in(D)
+    assert prober.let_in("other:1"), "it waits for the turn that it had before"
 
 
 def test_over_rdma_all_sessions_of_a_machine_are_let_in_as_soon_as_one_is_readable() -> None:

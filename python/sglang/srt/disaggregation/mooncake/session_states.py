@@ -89,17 +89,18 @@ class Rules:
         """INTERVAL, which may be set so short that the daemon thread would spin."""
         return max(0.01, self.settings.interval_s)
 
-    def turn_to_read_at(self, now: float, took_s: float) -> float:
-        """When a peer may be read again whose reads have failed after so long: in INTERVAL at the latest.
+    def turn_to_read_at(self, now: float, took_s: float = 10.0) -> float:
+        """When a peer may be read whose reads have failed after so long, or whose machine's have.
 
         Over RDMA Mooncake has then tried to connect nine times, and each time a thread of its own stood still for a
-        second, which others' transfers wait for. So beside others such peers take turns, and rest twice as long as they
-        took: a request in every INTERVAL, as without us, would cost as much.
+        second, which others' transfers wait for. So beside others such peers are read one at a time, and for a third of
+        the time: a request in every INTERVAL, as without us, would cost as much.
         """
         if not (self.over_rdma and self.has_others()):
             return now
-        turn_at = min(max(self.next_turn_at, now + 2.0 * took_s), now + self.interval_s)
-        self.next_turn_at = turn_at + 3.0 * took_s
+        takes_s = min(took_s, 10.0)  # alone; longer if others' reads failed beside it
+        turn_at = max(self.next_turn_at, now + 2.0 * takes_s)
+        self.next_turn_at = turn_at + 3.0 * takes_s
         return turn_at
 
 
@@ -122,6 +123,7 @@ class Session:
         "listen_at",  # the first probe from then on looks whether the peer cuts probes short
         "probe_said",  # what the last probe since it failed has shown, in words; empty before it
         "probed_at",
+        "read_again_at",  # since its last reads failed: when the next may come
         "read_next",  # the next probe is followed by reads
         "reads_mislead",  # it worked, though reads of its memory had failed or waited when it was let in
         "reads_said",  # as probe_said, of the last reads
@@ -216,16 +218,27 @@ class Session:
             self.unreadable = why
             if now >= self._opens_at():
                 return LetIn(unverified=why)
-            read_at = max(now + self._pause_s(now), self.rules.turn_to_read_at(now, took_s))
-            return ProbeAt(self._opens_at()) if self._opens_at() < read_at else ReadAt(read_at)
+            self.read_again_at = max(now + self._pause_s(now), self.rules.turn_to_read_at(now, took_s))
+            return self._read_again(now)
         if self._settles_again(now, verdict):
             self.answered_since = now
             return self._next(now)
         return LetIn(unverified=why or None)
 
-    def is_to_be_read_again(self) -> bool:
-        """True if its reads have failed and it waits for the next."""
-        return self.blacklisted and self.read_next and self.unreadable is not None and self.reads_since is None
+    def waits_for_turn(self, now: float) -> bool:
+        """True if it answers and is to be read later."""
+        return self.blacklisted and self.answered_since is not None and now < self.read_again_at
+
+    def neighbour_is_readable(self, now: float) -> Decision:
+        """Reads of another session of its machine have worked."""
+        self.read_again_at = now
+        return self._next(now)
+
+    def _read_again(self, now: float) -> Decision:
+        """Its next reads, or a probe where it is let in unverified before them or has INTERVAL to wait."""
+        at = max(now, self.read_again_at)
+        sooner = max(now, min(self._opens_at(), self.probed_at + self.rules.interval_s))
+        return ReadAt(at) if at <= sooner else ProbeAt(sooner)
 
     def read_hangs(self, now: float) -> Decision:
         """The call that is to read its memory has not come back, a second after it was made and each second after."""
@@ -249,7 +262,7 @@ class Session:
         if now >= self._opens_at() and (reason := self._why_unverified(now)):
             return LetIn(unverified=reason)
         if self.reads_since is None:
-            return ReadAt(now)
+            return self._read_again(now)
         hangs_at = max(self._opens_at(), self.reads_since + READ_HANGS_S)
         return ProbeAt(min(hangs_at, now + self.rules.interval_s))
 
@@ -412,8 +425,9 @@ class Session:
         self.hold_s = hold_s
         self.listen_at = now + LISTEN_AFTER_S
         self.refused = 0
+        self.read_again_at = 0.0
         self.unreadable = None
-        self.was_gone = False
+        self.was_gone: bool = False
 
 
 def _hang_for(seconds: float) -> str:

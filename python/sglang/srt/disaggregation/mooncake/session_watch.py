@@ -124,6 +124,7 @@ class SessionWatch:
         self._allowance = Allowance(settings.interval_s, clock())
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
+        self._read_last: dict[str, Session] = {}  # over RDMA, by machine
         self._listen_at = 0.0
         self._malformed_said = Said()
         self._fault_said = False
@@ -166,6 +167,7 @@ class SessionWatch:
     def cleared(self) -> None:
         """As ``left``, of every session."""
         self.known.clear()
+        self._read_last.clear()
         self._due.clear()
         self._wake()
 
@@ -286,17 +288,29 @@ class SessionWatch:
         known.reads_said = why or verdict.value
         if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
-        if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and known.unreadable is not None:
+        if verdict is not Verdict.UNREADABLE and now < self.rules.next_turn_at:
             self._read_neighbours(known, now)
         self._carry_out(known, known.read(now, verdict, why), now)
 
     def _read_neighbours(self, known: Session, now: float) -> None:
-        """What has healed one session has healed the others of its machine: they need not wait for their turn."""
-        self.rules.next_turn_at = now
-        host = known.id.rpartition(":")[0]
-        for other in list(self.known.values()):
-            if other.is_to_be_read_again() and other.id.rpartition(":")[0] == host:
-                self._carry_out(other, ReadAt(now), now)
+        """What has healed one session has healed the others of its machine: they need not wait for their turns."""
+        waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
+        neighbours = [other for other in waiting if _machine(other) == _machine(known)]
+        if len(neighbours) == len(waiting):
+            self.rules.next_turn_at = now
+        for other in neighbours:
+            self._carry_out(other, other.neighbour_is_readable(now), now)
+
+    def _waits_for_neighbour(self, known: Session) -> bool:
+        """True if over RDMA another session of its machine is being read: beside others one tells of all."""
+        if not (self.rules.over_rdma and self.rules.has_others()):
+            return False
+        last = self._read_last.get(_machine(known), known)
+        call = self._in_flight.get(last.id)
+        if last is not known and last.blacklisted and (last.reads_since is not None or (call and call.read)):
+            return True
+        self._read_last[_machine(known)] = known
+        return False
 
     def _has_others(self) -> bool:
         return any(
@@ -369,6 +383,8 @@ class SessionWatch:
         known = self.known.pop(session, None)
         if known is not None:
             known.due_at = NEVER
+            if self._read_last.get(_machine(known)) is known:
+                del self._read_last[_machine(known)]
         return known
 
     def _drop(self, known: Session, now: float) -> None:
@@ -422,6 +438,9 @@ class SessionWatch:
             known.listen_at = now + LISTEN_AFTER_S
             self._listen_at = now + LISTEN_GAP_S
         read = known.read_next and self.rules.verifying
+        if read and self._waits_for_neighbour(known):
+            known.read_again_at = self.rules.turn_to_read_at(now)
+            read = False
         call = Call(known.id, known.generation, now, read, listen)
         known.probed_at = now
         if read:
@@ -449,3 +468,7 @@ class SessionWatch:
 
     def _tell(self, event: Event, session: Any, **details: Any) -> None:
         self.events.append((event, session, details))
+
+
+def _machine(known: Session) -> str:
+    return str(known.id).rpartition(":")[0]
