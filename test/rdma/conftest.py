@@ -73,6 +73,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
             with open(REPORT, "a") as file:
                 file.write(json.dumps(line) + "\n")
         if logs := os.environ.get("RDMA_LOGS"):
+            pathlib.Path(logs).mkdir(parents=True, exist_ok=True)
             name = re.sub(r"\W+", "-", request.node.name)
             pathlib.Path(logs, f"{name}.log").write_text(f"{trial}\n\n{trial.mooncake}")
 
