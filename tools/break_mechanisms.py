@@ -40,8 +40,8 @@ from sglang_failed_session_probe.harmless_logger import HarmlessLogger
 from sglang_failed_session_probe.printable import printable, printable_repr
 
 COPIED = ("python", "test", "tools", "pyproject.toml")
-# The rules of the bench are no test of a mechanism, and the bench is not copied; this file's own test is none either.
-NOT_COPIED = ("__pycache__", "test_bench_rules.py", "test_break_mechanisms.py")
+# The rules of the bench and the router are no tests of a mechanism, and neither is copied; nor is this file's own test.
+NOT_COPIED = ("__pycache__", "test_bench_rules.py", "test_router.py", "test_break_mechanisms.py")
 UNIT, FAULTS = "test/unit", "test/faults"
 CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG_CALL_TESTS, WORKER_TESTS = (
     f"{UNIT}/test_{name}.py"
