@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import subprocess
 import time
 from collections import Counter
 
 import pytest
 from installation import MOONCAKE
-from nodes import ENABLE, Node, Refused, Start, Story, counts, is_blacklisted, is_served, play_story, recovers
+from nodes import (
+    ENABLE,
+    Node,
+    Refused,
+    Start,
+    Story,
+    clean_environment,
+    counts,
+    is_blacklisted,
+    is_served,
+    play_story,
+    recovers,
+)
 
 pytestmark = pytest.mark.every_release
 
@@ -84,6 +98,23 @@ def test_the_recovery_is_counted_once_and_leaves_nothing_behind(story: Story, pr
     state = prefill.ask("state")
     assert state["failed_sessions"] == []
     assert state["session_failures"] == {}
+
+
+def test_the_command_sessions_shows_the_session_on_probation_and_the_rank_that_let_it_in(
+    story: Story, prefill: Node, decode: Node, python: pathlib.Path
+) -> None:
+    assert story.recovered
+    command = [python.with_name("sglang-failed-session-probe"), "sessions", "--json"]
+    deadline = time.monotonic() + 10
+    while True:  # it is written a second later
+        done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=60)
+        rows = {row["session"]: row for row in json.loads(done.stdout) if row["pid"] == prefill.pid}
+        if (row := rows.get(decode.session)) and not row["blacklisted"]:
+            break
+        assert time.monotonic() < deadline, f"not there: {done.stdout}{done.stderr}"
+        time.sleep(0.2)
+    assert row["rank"].endswith("TP0")
+    assert row["why"].startswith("let in again, on probation for ")
 
 
 def test_sglangs_own_classes_have_our_methods_and_no_others(prefill: Node) -> None:
