@@ -105,7 +105,8 @@ class Diagnosis:
         own = ""
         if self.points and self.points.has("native probe"):
             own = f", its own probe {'on' if self.points.has(ON_BY_DEFAULT) else 'off'}"
-        return f"A prefill node started here will run SGLang as it is{own}: the switch is not set; set {SWITCH}=1."
+        on = f"run doctor with {SWITCH}=1 to see what one does with it"
+        return f"A prefill node started here will run SGLang as it is{own}: the switch is not set; {on}."
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
@@ -478,7 +479,7 @@ def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]
     else:
         yield Line("warning" if not pth_shut else "error", "plugin", *plugin_shut)
     if not pth_shut:
-        yield Line("ok", ".pth file", "every process of this Python lets us in")
+        yield Line("ok", ".pth file", "every process of this Python will load us")
     elif not plugin_shut:
         why, do = pth_shut
         yield Line("warning", ".pth file", f"{why}; processes without plugins (Ray) stay as they are", do)

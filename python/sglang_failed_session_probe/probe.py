@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify",
         metavar="ADDRESS",
         type=_address,
-        help="also read 8 bytes there; it must be an address that this decode process has registered with Mooncake",
+        help="also read 8 bytes there: an address that this decode process has registered with Mooncake (no log names "
+        "one; a prefill node knows some and reads them by itself)",
     )
     parser.add_argument(
         "--protocol",

@@ -113,7 +113,7 @@ def _name(scheduler: Scheduler) -> str:
     return printable(" ".join(filter(None, (str(scheduler.pid), scheduler.rank, whose))), table.LONGEST_CELL)
 
 
-_HEADINGS = ("scheduler", "session", "out for", "refused", "last probe", "last reads", "next probe", "why")
+_HEADINGS = ("scheduler", "session", "out for", "requests refused", "last probe", "last reads", "next probe", "why")
 
 
 def _cells(scheduler: Scheduler, row: Row, now: float) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ def test_with_the_switch_unset_it_says_that_it_is_off_and_that_is_no_fault(sound
     report = sound.doctor()
     assert report.status == 0
     assert "SGLang as it is, its own probe on: the switch is not set" in report.verdict
+    assert f"run doctor with {SWITCH}=1" in report.verdict
     assert (report.whole["asked_for"], sound.doctor(**ON).whole["asked_for"]) == (None, True)
     assert report.line(".pth file")["mark"] == "ok"
     assert sound.doctor(**{SWITCH: "off"}).verdict.endswith(f"will probe no sessions, as {SWITCH} asks for.")

@@ -150,6 +150,7 @@ def test_a_row_a_session_and_rank_that_says_why_it_is_out(
     assert (status, errors) == (0, "")
     headings, *rows = output.splitlines()
     assert headings.split("  ")[0] == "scheduler"
+    assert "requests refused" in headings, "a probe that is refused is another thing"
     by_session = {tuple(row.split()[:3])[1:]: row for row in rows}
     assert sorted(by_session) == [("TP0", "gone:1"), ("TP0", "hung:1"), ("TP1", "bad:1"), ("TP1", "gone:1")]
     assert [row.split()[0] for row in rows].count(str(first.pid)) == 2
