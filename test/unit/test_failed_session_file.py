@@ -383,7 +383,7 @@ def valid(**changes: Any) -> str:
     return json.dumps(about) + "\n"
 
 
-ROW = [D, True, 1.0, 0, 0.0, "", None, None, 1.0, "", None, "", None, None, 1e6]
+ROW = [D, True, 1.0, 0, 0.0, "", None, None, 1.0, "", None, "", None, None, None, 1e6]
 
 
 def with_row(**changes: Any) -> str:

@@ -112,6 +112,16 @@ def relapsed(peer: Peer, times: int = 5) -> VirtualProber:
     return prober
 
 
+def test_one_that_is_read_after_another_session_of_its_machine_says_so() -> None:
+    prober = VirtualProber()
+    prober.watch.rules.over_rdma = True
+    prober.registrations = {"well:1": object()}
+    prober.fail("decode:1", "decode:2", peer=Peer(read_takes=10.0))
+    prober.run(6)
+    words = "it answers, and is read in 25.0 s or when another session of its machine can be"
+    assert words in {reason(prober, "decode:1"), reason(prober, "decode:2")}
+
+
 def test_one_that_is_held_says_for_how_long() -> None:
     prober = relapsed(HEALTHY)
     prober.run(4)

@@ -31,6 +31,7 @@ class Row(NamedTuple):
     reads_since: Optional[float]  # when the reads were begun that have not ended
     unreadable: str  # why its memory cannot be read, or was not when it was let in; else empty
     opens_at: Optional[float]  # when it is let in unverified, if it answers until then
+    turn_at: Optional[float]  # when it is read next, if it waits for that
     next_at: Optional[float]  # when it is probed next
     ends_at: float  # when it is forgotten if no request wants it; on probation: when that is over, or sooner
 
@@ -67,6 +68,7 @@ def _row(known: Session, call: Optional[Call], now: float) -> Row:
         reads_since=reads_since,
         unreadable=unreadable or "",
         opens_at=answered_since + known.opens_after_s() if answered_since is not None and may_open else None,
+        turn_at=known.read_again_at if known.waits_for_turn(now) else None,
         next_at=due_at if 0.0 < due_at < NEVER else None,
         ends_at=known.ends_at(),
     )
@@ -103,7 +105,11 @@ def _why_out(row: Row, now: float) -> str:
         return f"it answers and settles, for {seconds(row.settled_at - now)} more"
     if row.reads_since is not None:
         return f"it answers, and reads of its memory have not ended for {seconds(now - row.reads_since)}"
-    return f"it answers, but {row.unreadable}" if row.unreadable else "it answers"
+    if row.unreadable:
+        return f"it answers, but {row.unreadable}"
+    if row.turn_at is not None and now < row.turn_at:
+        return f"it answers, and is read in {seconds(row.turn_at - now)} or when another session of its machine can be"
+    return "it answers"
 
 
 def seconds(duration: float) -> str:

@@ -89,17 +89,17 @@ class Rules:
         """INTERVAL, which may be set so short that the daemon thread would spin."""
         return max(0.01, self.settings.interval_s)
 
-    def turn_to_read_at(self, now: float, took_s: float = 10.0) -> float:
-        """When a peer may be read whose reads have failed after so long, or whose machine's have.
+    def turn_to_read_at(self, now: float, took_s: float) -> float:
+        """When a peer may be read again whose reads have failed after so long: in INTERVAL at the latest.
 
         Over RDMA Mooncake has then tried to connect nine times, and each time a thread of its own stood still for a
-        second, which others' transfers wait for. So beside others such peers are read one at a time, and for a third of
-        the time: a request in every INTERVAL, as without us, would cost as much.
+        second, which others' transfers wait for. So beside others such peers take turns, and rest twice as long as they
+        took: a request in every INTERVAL, as without us, would cost as much.
         """
         if not (self.over_rdma and self.has_others()):
             return now
         takes_s = min(took_s, 10.0)  # alone; longer if others' reads failed beside it
-        turn_at = max(self.next_turn_at, now + 2.0 * takes_s)
+        turn_at = min(max(self.next_turn_at, now + 2.0 * takes_s), now + self.interval_s)
         self.next_turn_at = turn_at + 3.0 * takes_s
         return turn_at
 

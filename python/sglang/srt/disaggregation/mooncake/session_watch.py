@@ -125,6 +125,7 @@ class SessionWatch:
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
         self._read_last: dict[str, Session] = {}  # over RDMA, by machine
+        self._turns_until = 0.0  # until then a session may wait for its turn to be read
         self._listen_at = 0.0
         self._malformed_said = Said()
         self._fault_said = False
@@ -288,18 +289,17 @@ class SessionWatch:
         known.reads_said = why or verdict.value
         if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
-        if verdict is not Verdict.UNREADABLE and now < self.rules.next_turn_at:
+        if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and now < self._turns_until:
             self._read_neighbours(known, now)
         self._carry_out(known, known.read(now, verdict, why), now)
+        self._turns_until = max(self._turns_until, known.read_again_at)
 
     def _read_neighbours(self, known: Session, now: float) -> None:
         """What has healed one session has healed the others of its machine: they need not wait for their turns."""
         waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
-        neighbours = [other for other in waiting if _machine(other) == _machine(known)]
-        if len(neighbours) == len(waiting):
-            self.rules.next_turn_at = now
-        for other in neighbours:
-            self._carry_out(other, other.neighbour_is_readable(now), now)
+        for other in waiting:
+            if _machine(other) == _machine(known):
+                self._carry_out(other, other.neighbour_is_readable(now), now)
 
     def _waits_for_neighbour(self, known: Session) -> bool:
         """True if over RDMA another session of its machine is being read: beside others one tells of all."""
@@ -439,7 +439,7 @@ class SessionWatch:
             self._listen_at = now + LISTEN_GAP_S
         read = known.read_next and self.rules.verifying
         if read and self._waits_for_neighbour(known):
-            known.read_again_at = self.rules.turn_to_read_at(now)
+            known.read_again_at = self._turns_until = now + self.rules.interval_s
             read = False
         call = Call(known.id, known.generation, now, read, listen)
         known.probed_at = now
