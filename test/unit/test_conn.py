@@ -43,7 +43,7 @@ from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVM
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
 from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
-from sglang.srt.observability import failed_session_log, failed_session_metrics
+from sglang.srt.observability import failed_session_file, failed_session_log, failed_session_metrics
 from sglang_failed_session_probe import harmless_logger
 
 
@@ -349,6 +349,8 @@ def test_with_more_due_than_one_round_lines_up_the_next_round_begins_at_once(
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_CONCURRENCY", "64")
     monkeypatch.setattr(session_watch, "LONGEST_ROUND_S", 30.0)
     monkeypatch.setattr(session_watch, "ROUND_S_PER_SESSION", 30.0)
+    # The file of sessions is written once a second, which wakes the loop, too.
+    monkeypatch.setattr(failed_session_file.SessionsFile, "write_if_due", lambda file, watch: None)
     engine = Engine()
     engine.probe.default_factory = lambda: engine.hang
     manager = make_manager(engine)
