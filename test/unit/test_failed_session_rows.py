@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
-from sglang.srt.disaggregation.mooncake.session_states import Verdict
+from sglang.srt.disaggregation.mooncake.session_states import Session, Verdict
 from sglang.srt.observability.failed_session_rows import Row, is_over, rows_of, why
 from virtual_prober import (
     CUTS_SHORT,
@@ -195,6 +195,20 @@ def test_one_that_was_let_in_unverified_says_why_it_could_not_be_read() -> None:
 def test_one_that_is_let_in_is_told_what_its_last_reads_have_shown() -> None:
     prober = failed(HEALTHY, 2)
     assert row(prober).reads_said == Verdict.READABLE.value
+
+
+def test_a_session_that_is_being_blacklisted_is_not_seen_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    prober = VirtualProber()
+    seen = []
+    failed = Session.failed
+
+    def failed_while_somebody_looks(known: Session, now: float, generation: int) -> Any:
+        seen.append(list(rows_of(prober.watch, now)))
+        return failed(known, now, generation)
+
+    monkeypatch.setattr(Session, "failed", failed_while_somebody_looks)
+    prober.fail(D, peer=REFUSING)
+    assert seen == [[]]
 
 
 def test_a_row_is_whole_whatever_becomes_of_its_session_meanwhile() -> None:
