@@ -307,7 +307,10 @@ def own_ports(manager: Any) -> tuple[int, int]:
 
 def listening_ports() -> set[int]:
     """The TCP ports on which this process listens."""
-    files = [os.readlink(file) for file in pathlib.Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    files = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has closed it meanwhile
+            files.append(os.readlink(f"/proc/self/fd/{descriptor}"))
     tables = [pathlib.Path("/proc/self/net", table).read_text() for table in ("tcp", "tcp6")]
     sockets = [line.split() for table in tables for line in table.splitlines()[1:]]
     listening = "0A"
