@@ -340,7 +340,21 @@ BREAKS = [
         "a fault of the listener stops nothing", FailedSessions._tell, "except Exception:", "except ZeroDivisionError:"
     ),
     # Through the engine.
-    Break("four reads", MemoryReader.begin, "for _ in range(self.reads_at_a_time):", "for _ in range(1):", PROBE_TESTS),
+    Break("four reads", MemoryReader.begin, "for _ in range(self.reads_at_a_time))", "for _ in range(1))", PROBE_TESTS),
+    Break(
+        "read until one waits",
+        MemoryReader.begin,
+        "if goes_on and self.reads_at_a_time > 1:",
+        "if False:",
+        PROBE_TESTS,
+    ),
+    Break(
+        "read until one waits, real engines",
+        MemoryReader.begin,
+        "if goes_on and self.reads_at_a_time > 1:",
+        "if False:",
+        f"{FAULTS}/test_registration.py",
+    ),
     Break(
         "no read without a fresh answer",
         Prober._make,

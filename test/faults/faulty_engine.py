@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 
@@ -34,7 +35,8 @@ class FaultyEngine:
         self._never = threading.Event()
 
     def misbehave(self, call: str, how: str, value: Any = None, session: str | None = None) -> None:
-        """`how`: "gives" (the value), "raises" (the name of an error), "hangs", "lacks" (no such call), "works".
+        """`how`: "gives" (the value), "raises" (the name of an error), "hangs", "lacks" (no such call), "works", or "is
+        slow" (works, and returns so many seconds later).
 
         A read never ends whose `transfer_check_status` "gives" 0.
         """
@@ -61,6 +63,8 @@ class FaultyEngine:
                 if how == "raises":
                     raise RAISED[value]("a fault of the test")
                 result = value if how == "gives" else work(*arguments)
+                if how == "is slow":
+                    time.sleep(value)
                 if name == "batch_transfer_async_read" and type(result) is int:
                     self._read_from[result] = session
                 return result

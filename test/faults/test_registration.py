@@ -136,3 +136,23 @@ def test_a_registration_on_probation_makes_the_next_failure_a_first_one(
         prefill.wait_for_recoveries(3)
         assert prefill.log_text().count("held for") == 1, "held for relapses from before the registration"
         record_fault("registration", "on probation", lost=0, served_after_s=served_s)
+
+
+def test_a_registration_right_after_every_connection_has_failed_costs_no_request(
+    tmp_path: pathlib.Path, record_fault: RecordFault
+) -> None:
+    """Once each of its connections to a peer has failed in turn, Mooncake fails the next transfer unsent."""
+    memory_that_is_gone = 4096
+    with pair(tmp_path) as (prefill, decode):
+        prefill.misbehave("batch_transfer_async_read", "is slow", 0.005)  # so that one has failed when the next begins
+        served_s = []
+        for time_read_in_vain in range(1, 4):
+            prefill.ask("register", decode.session, memory_that_is_gone)
+            prefill.ask("fail", [decode.session])
+            prefill.wait_for_log("reading its memory gave -1", times=time_read_in_vain)
+            wait_until(lambda: prefill.ask("in_flight") == 0, 5, "reads are still being begun")
+            registered_at = time.monotonic()
+            prefill.register(decode)
+            assert prefill.send_to(decode) == "", "a request failed; without the probe it would not have"
+            served_s.append(time.monotonic() - registered_at)
+    record_fault("registration", "right after reads have failed", lost=0, served_after_s=max(served_s))

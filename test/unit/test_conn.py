@@ -739,7 +739,7 @@ def test_a_session_whose_memory_cannot_be_read_is_let_in_after_interval_with_a_w
     assert time.monotonic() - failed_at >= 0.5
     assert wait_until(lambda: any("without proof" in line for line in caplog.messages))
     assert [line for line in caplog.messages if D in line and "reading its memory gave -1" in line]
-    assert len(engine.reads) == (4 if reads_are == ["async"] else 1), "reads again in Mooncake's cooldown"
+    assert len(engine.reads) == (12 if reads_are == ["async"] else 1), "reads again in Mooncake's cooldown"
 
 
 @BOTH_WAYS
@@ -924,7 +924,7 @@ def test_what_was_learnt_about_reads_holds_for_the_next_manager_in_the_process(
         assert wait_until(lambda manager=manager: not blacklisted(manager))
         for looks in (2, 3) if number == 0 else ():  # one before it was let in, one at the end of each probation
             ends_probation(manager)
-            assert wait_until(lambda engine=engine, looks=looks: len(engine.reads) == 4 * looks)
+            assert wait_until(lambda engine=engine, looks=looks: len(engine.reads) == 12 * looks)
             assert wait_until(lambda manager=manager: watch_of(manager).in_flight() == 0)
             assert wait_until(lambda engine=engine: not engine.batches)
         assert bool(engine.reads) == (number == 0)

@@ -253,6 +253,29 @@ def test_a_read_that_cannot_be_begun_makes_a_peer_unreadable_and_those_before_it
     assert not engine.batches
 
 
+@pytest.mark.parametrize(
+    ("statuses", "reads"),
+    [([0], 4), ([-1, 0], 4), ([-1, -1, -1, -1, 0], 5), ([-1], 12)],
+    ids=["none fails", "some wait", "the fifth waits", "none waits"],
+)
+def test_after_reads_that_failed_one_more_is_begun_until_one_waits(statuses: list[int], reads: int) -> None:
+    """Or Mooncake would fail the next transfer unsent, be it the first request after a registration."""
+    engine = Engine()
+    engine.transfer_check_status = lambda batch: statuses[min(batch, len(statuses)) - 1]  # type: ignore[method-assign]
+    peer = reader(engine).begin(D)
+    assert len(engine.reads) == reads
+    assert peer.look() is (None if statuses == [0] else Verdict.UNREADABLE)
+    assert peer.have_ended() == (0 not in statuses)
+
+
+def test_over_rdma_there_are_no_connections_to_fail_and_one_read_is_enough() -> None:
+    engine = Engine(read=-1)
+    peer = reader(engine)
+    peer.reads_at_a_time = 1
+    assert peer.begin(D).look() is Verdict.UNREADABLE
+    assert len(engine.reads) == 1
+
+
 def test_where_to_begin_a_read_waits_for_a_connection_one_is_enough_and_the_peer_is_readable_late(
     clock: Clock,
 ) -> None:

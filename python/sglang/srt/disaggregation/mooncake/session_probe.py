@@ -179,6 +179,10 @@ class Reads:
         self._late |= not in_time
         return self._verdict
 
+    def has_failed(self) -> bool:
+        """True if one has failed, or could not be begun."""
+        return self._verdict is Verdict.UNREADABLE
+
     def have_ended(self) -> bool:
         """True if none is pending: a batch that is must be looked at until it ends, or Mooncake keeps it for good."""
         return not self._pending
@@ -216,6 +220,9 @@ class MemoryReader:
     _REGISTER_AGAIN_S = 10.0
     # To begin a read takes 0.1 ms, or as long as Mooncake before 0.3.13 connects: then one is enough for now.
     _BLOCKS_FROM_S = 0.5
+    # A read that a peer rejects has failed after 0.5 ms, one that waits for a connection after up to 1 s.
+    _FAILS_WITHIN_S = (0.0005, 0.001, 0.003)
+    _MOST_FAILED_ON_PURPOSE = 2 * READS_AT_A_TIME
 
     def __init__(
         self,
@@ -262,28 +269,46 @@ class MemoryReader:
             done = _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
             reads.begun, reads.unsure = True, done.look() is Verdict.UNREADABLE
             return done
-        for _ in range(self.reads_at_a_time):
-            began = self._clock()
-            try:
-                batch = begin_read(session, [scratch], [address], [READ_BYTES])
-            except BaseException as error:  # an engine may raise anything
-                reads.unsure = True
-                reads.failed(f"reading its memory raised {printable_repr(error)}")
-                break
-            if type(batch) is not int or batch == 0:
-                reads.unsure |= batch != 0
-                reads.failed(
-                    "reading its memory was refused"
-                    if batch == 0
-                    else f"reading its memory gave {printable_repr(batch)}"
-                )
-                break
-            reads.add(batch)
-            if self._clock() >= began + self._BLOCKS_FROM_S:
-                reads.waited()
-                break
+        begin = functools.partial(begin_read, session, [scratch], [address], [READ_BYTES])
+        goes_on = all(self._begin_one(reads, begin) for _ in range(self.reads_at_a_time))
+        if goes_on and self.reads_at_a_time > 1:
+            self._fail_until_one_waits(reads, begin)
         reads.begun = True
         return reads
+
+    def _begin_one(self, reads: Reads, begin: Callable[[], Any]) -> bool:
+        """Begins one more; False if that is not to be done again now."""
+        began = self._clock()
+        try:
+            batch = begin()
+        except BaseException as error:  # an engine may raise anything
+            reads.unsure = True
+            reads.failed(f"reading its memory raised {printable_repr(error)}")
+            return False
+        if type(batch) is not int or batch == 0:
+            reads.unsure |= batch != 0
+            reads.failed(
+                "reading its memory was refused" if batch == 0 else f"reading its memory gave {printable_repr(batch)}"
+            )
+            return False
+        reads.add(batch)
+        if self._clock() >= began + self._BLOCKS_FROM_S:
+            reads.waited()
+            return False
+        return True
+
+    def _fail_until_one_waits(self, reads: Reads, begin: Callable[[], Any]) -> None:
+        """Once each connection to a peer has failed in turn, Mooncake (0.3.13, 0.3.14) fails the next transfer unsent,
+        and only then waits for a second and connects anew. That transfer is to be a read of ours: the peer may
+        register at any moment, and its first request would be the one to fail.
+        """
+        for _ in range(self._MOST_FAILED_ON_PURPOSE):
+            for pause_s in self._FAILS_WITHIN_S:
+                if reads.look() is not None and reads.have_ended():
+                    break
+                time.sleep(pause_s)
+            if not reads.has_failed() or not reads.have_ended() or not self._begin_one(reads, begin):
+                return
 
     def close(self) -> None:
         """Begins no more reads, and takes the registration of the page back unless a read may still write there."""
