@@ -13,7 +13,7 @@ test: network-tools
 	$(ENGINES) -m pytest -n 8 test/faults
 	$(ENGINES) -m pytest test/rdma
 	$(ENGINES) -m pytest test/stock test/deploy test/docs > .stock.log 2>&1 & stock=$$!; \
-	  $(ENGINES) -m pytest test/doors test/servers test/commands; others=$$?; \
+	  $(ENGINES) -m pytest test/activation test/servers test/commands; others=$$?; \
 	  wait $$stock; stock=$$?; cat .stock.log; exit $$((stock + others))
 
 # What needs no SGLang.
@@ -55,7 +55,7 @@ SGLANG ?= 0.4.7.post1 0.4.8.post1 0.4.9.post6 0.4.10.post2 0.5.1.post3 0.5.2 0.5
 matrix:
 	rm -rf .matrix && mkdir .matrix
 	for release in $(SGLANG); do $(PYTHON) tools/environment.py sglang-$$release || exit 1; \
-	  SGLANG_RELEASES=$$release $(ENGINES) -m pytest -m every_release --junitxml .matrix/$$release.xml test/doors test/stock \
+	  SGLANG_RELEASES=$$release $(ENGINES) -m pytest -m every_release --junitxml .matrix/$$release.xml test/activation test/stock \
 	  || touch .matrix/failed; done
 	$(PYTHON) tools/matrix_table.py docs/matrix.md .matrix/*.xml
 	@test ! -e .matrix/failed
@@ -72,7 +72,7 @@ matrix-mooncake: network-tools
 	rm -f .mooncake.jsonl
 	for version in 0.3.9 0.3.10.post2 0.3.11 0.3.12 0.3.14; do \
 	  $(PYTHON) tools/environment.py sglang-0.5.23+$$version || exit 1; done
-	MOONCAKE_REPORT=$(CURDIR)/.mooncake.jsonl $(ENGINES) -m pytest test/mooncake; failed=$$?; \
+	MOONCAKE_REPORT=$(CURDIR)/.mooncake.jsonl $(ENGINES) -m pytest test/mooncake_versions; failed=$$?; \
 	  $(PYTHON) tools/mooncake_table.py docs/mooncake.md .mooncake.jsonl && exit $$failed
 	$$($(PYTHON) tools/environment.py engines+0.3.14) -m pytest -n 6 $(ALONE:%=--ignore %) test/faults
 

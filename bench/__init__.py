@@ -4,4 +4,4 @@ import pathlib
 import sys
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT / folder) for folder in ("python", "tools", "test/faults", "test/stock")]
+sys.path[:0] = [str(CHECKOUT / folder) for folder in ("python", "tools", "test")]

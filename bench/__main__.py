@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from typing import Optional
 
 import environment
-import processes
+from kit import processes
 
 from bench import CHECKOUT, contenders, tables
 from bench.progress import say

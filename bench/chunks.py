@@ -10,10 +10,10 @@ import json
 import statistics
 from typing import Any
 
-from nodes import ENABLE
+from kit.stock_node import ENABLE
 
-from bench.contenders import STOCK, WITH_WHEEL, Contender, Forkers, Manager, forkers
-from bench.lane import Decode, Lane, new_room
+from bench.cluster import Cluster, Decode, new_room
+from bench.contenders import STOCK, WITH_WHEEL, Contender, ForkServers, Manager, fork_servers
 from bench.progress import say
 
 WITHOUT = "without"
@@ -38,19 +38,19 @@ def chunks_per_s(prefill: Manager, decode: Decode, chunks: int = CHUNKS) -> floa
 
 def rows(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """One row for each contender and length of the blacklist; those on it are closed ports."""
-    with forkers() as started:
+    with fork_servers() as started:
         return [row for blacklisted in BLACKLISTED for row in rows_of(started, blacklisted, rounds)]
 
 
-def rows_of(forkers: Forkers, blacklisted: int, rounds: int) -> list[dict[str, Any]]:
+def rows_of(fork_servers: ForkServers, blacklisted: int, rounds: int) -> list[dict[str, Any]]:
     """With fresh managers, so that none has a past."""
-    with Lane(forkers, contenders=CONTENDERS) as lane:
-        (decode,) = lane.decodes
-        lane.blacklist(*(f"127.0.1.{1 + number}:9" for number in range(blacklisted)))
-        rates: dict[str, list[float]] = {name: [] for name in lane.prefills}
+    with Cluster(fork_servers, contenders=CONTENDERS) as cluster:
+        (decode,) = cluster.decodes
+        cluster.blacklist(*(f"127.0.1.{1 + number}:9" for number in range(blacklisted)))
+        rates: dict[str, list[float]] = {name: [] for name in cluster.prefills}
         for number in range(rounds + 1):
             say("chunks", f"{blacklisted} blacklisted, round {number} of {rounds}")
-            for name, prefill in lane.prefills.items():
+            for name, prefill in cluster.prefills.items():
                 rate = chunks_per_s(prefill, decode)
                 if number:  # the first is for warming up
                     rates[name].append(rate)

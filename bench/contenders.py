@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import environment
-import processes
-from nodes import ENABLE, clean_environment
+from kit import processes
+from kit.stock_node import ENABLE, clean_environment
 
 from bench import CHECKOUT
 
-FORKER = pathlib.Path(__file__).with_name("forker.py")
+FORK_SERVER = pathlib.Path(__file__).with_name("fork_server.py")
 START_DEADLINE_S = 300.0
 ANSWER_DEADLINE_S = 60.0
 STOCK = "sglang-0.5.23"
@@ -55,7 +55,7 @@ class ManagerEnded(Exception):
     """The process of a manager has ended, or did not answer in time; the message shows the end of its stderr."""
 
 
-class Forker:
+class ForkServer:
     """A process that has imported a release of SGLang and forks processes with managers. Ends with its `with` block.
 
     The kernel ends it, and it all of its managers, when the thread that made it is gone.
@@ -66,11 +66,11 @@ class Forker:
         self._stderr = folder / "stderr"
         with open(self._stderr, "w") as stderr:
             self._process = processes.start(
-                [str(python), str(FORKER), self.path],
+                [str(python), str(FORK_SERVER), self.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=clean_environment(**ONE_THREAD, **settings),
+                env=clean_environment(**ONE_THREAD, **settings, PYTHONPATH=str(CHECKOUT / "test")),
                 cwd=folder,
             )
 
@@ -79,23 +79,23 @@ class Forker:
         assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], START_DEADLINE_S)
         if not readable or self._process.stdout.readline() != "ready\n":
-            raise ManagerEnded(f"the forker is not ready; the end of its stderr:\n{self.end_of_stderr()}")
+            raise ManagerEnded(f"the fork server is not ready; the end of its stderr:\n{self.end_of_stderr()}")
 
     def end_of_stderr(self) -> str:
         return self._stderr.read_text(errors="replace")[-3000:]
 
-    def __enter__(self) -> Forker:
+    def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(self, *_: object) -> None:
         processes.end(self._process)
 
 
-Forkers = dict[str, Forker]
+ForkServers = dict[str, ForkServer]
 
 
 @contextlib.contextmanager
-def forkers() -> Iterator[Forkers]:
+def fork_servers() -> Iterator[ForkServers]:
     """One for each environment, by its name. Makes the environments that are not there, and our wheel."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name, contextlib.ExitStack() as started:
         folder = pathlib.Path(name)
@@ -105,32 +105,38 @@ def forkers() -> Iterator[Forkers]:
             STOCK: environment.python(STOCK),
             FIXED: environment.python(FIXED),
         }
-        forkers = {}
+        fork_servers = {}
         for number, (name, python) in enumerate(pythons.items()):
             (folder / str(number)).mkdir()
             settings = {ENABLE: "1"} if name == WITH_WHEEL else {}  # our wheel looks at it when the interpreter starts
-            forkers[name] = started.enter_context(Forker(python, folder / str(number), **settings))
-        for forker in forkers.values():
-            forker.wait_until_ready()
-        yield forkers
+            fork_servers[name] = started.enter_context(ForkServer(python, folder / str(number), **settings))
+        for fork_server in fork_servers.values():
+            fork_server.wait_until_ready()
+        yield fork_servers
 
 
 class Manager:
-    """A process with a manager, forked by the forker of its contender's environment. Ends with its `with` block.
+    """A process with a manager, forked by the fork server of its contender's environment. Ends with its `with` block.
 
     Several threads may tell it things; those that ask wait for each other.
     """
 
     def __init__(
-        self, forkers: Forkers, contender: Contender, role: str, network: str, timed: bool = False, **settings: str
+        self,
+        fork_servers: ForkServers,
+        contender: Contender,
+        role: str,
+        network: str,
+        timed: bool = False,
+        **settings: str,
     ) -> None:
         self.name = contender.name
-        self._forker = forkers[contender.environment]
+        self._fork_server = fork_servers[contender.environment]
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX)
         self._pidfd = -1
         try:
-            self._socket.connect(self._forker.path)
+            self._socket.connect(self._fork_server.path)
             self._answers = self._socket.makefile("r")
             settings = {**contender.settings, **settings}
             how = {"tight": contender.tight, "timed": timed}
@@ -142,7 +148,7 @@ class Manager:
             raise
 
     def ask(self, command: str, deadline_s: float = ANSWER_DEADLINE_S, **arguments: Any) -> dict[str, Any]:
-        """Have the process run a command of forker.py. Raises ManagerEnded, or RuntimeError if the command failed."""
+        """Has the process run a command. Raises ManagerEnded, or RuntimeError if the command failed."""
         with self._lock:
             self._socket.settimeout(deadline_s)
             self._write({"do": command, **arguments})
@@ -151,7 +157,9 @@ class Manager:
             except OSError:
                 line = ""
         if not line:
-            raise ManagerEnded(f"{self.name} does not answer {command}; on stderr:\n{self._forker.end_of_stderr()}")
+            raise ManagerEnded(
+                f"{self.name} does not answer {command}; on stderr:\n{self._fork_server.end_of_stderr()}"
+            )
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(f"{self.name}: {answer['error']}")

@@ -19,14 +19,14 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, Optional
 
-from bench.contenders import CONTENDERS, Forkers, Manager, forkers
-from bench.lane import Decode, Lane, request
+from bench.cluster import Cluster, Decode, request
+from bench.contenders import CONTENDERS, ForkServers, Manager, fork_servers
 from bench.progress import say as say_of
 
 say = functools.partial(say_of, "lag")
-# A lane takes a second of CPU to start, 1 to 2 % of a core while it waits, 0.3 s of CPU in the seconds after the heal,
+# One takes a second of CPU to start, 1 to 2 % of a core while it waits, 0.3 s of CPU in the seconds after the heal,
 # and 130 MB of memory.
-LANES = 24
+CLUSTERS = 24
 STARTING = threading.BoundedSemaphore(2)
 START_S = 20.0
 TRIALS = 5
@@ -116,24 +116,24 @@ class Halt(threading.Event):
             raise Halted
 
 
-def play(forkers: Forkers, plan: Plan, halt: Halt) -> Trial:
+def play(fork_servers: ForkServers, plan: Plan, halt: Halt) -> Trial:
     """One trial: fault and heal of a decode node that was used before. All contenders blacklist it as it begins."""
     cell = plan.cell
     with contextlib.ExitStack() as stack:
         with STARTING:
-            lane = stack.enter_context(Lane(forkers))
-        stack.enter_context(lane.hung_peers(cell.hung))
-        (decode,) = lane.decodes
+            cluster = stack.enter_context(Cluster(fork_servers))
+        stack.enter_context(cluster.hung_peers(cell.hung))
+        (decode,) = cluster.decodes
         halt.sleep(plan.phase_s)
         with fault(decode, cell.fault):
-            lane.blacklist(decode.session)
+            cluster.blacklist(decode.session)
             halt.sleep(plan.outage_s)
             healed = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(len(lane.prefills)) as side_by_side:
+        with concurrent.futures.ThreadPoolExecutor(len(cluster.prefills)) as side_by_side:
             lags = side_by_side.map(
-                lambda prefill: lag_of(prefill, decode, healed, cell.cap_s, halt), lane.prefills.values()
+                lambda prefill: lag_of(prefill, decode, healed, cell.cap_s, halt), cluster.prefills.values()
             )
-            return dict(zip(lane.prefills, lags, strict=True))
+            return dict(zip(cluster.prefills, lags, strict=True))
 
 
 def fault(decode: Decode, name: str) -> contextlib.AbstractContextManager[None]:
@@ -157,15 +157,15 @@ def lag_of(prefill: Manager, decode: Decode, healed: float, cap_s: float, halt: 
 
 
 def rows(
-    cells: list[Cell] = CELLS, lanes: int = LANES, trials: Optional[int] = None, seed: int = 1
+    cells: list[Cell] = CELLS, clusters: int = CLUSTERS, trials: Optional[int] = None, seed: int = 1
 ) -> Iterator[dict[str, Any]]:
     """One row for each cell and contender, as soon as all trials of the cell are over."""
     chance = random.Random(seed)
     plans = [Plan.of(cell, chance) for cell in cells for _ in range(trials or cell.trials)]
     plans.sort(key=lambda plan: -plan.cell.expected_s)
-    say(f"{len(plans)} trials, {lanes} at a time: about {expected_s(plans, lanes) / 60:.0f} minutes")
+    say(f"{len(plans)} trials, {clusters} at a time: about {expected_s(plans, clusters) / 60:.0f} minutes")
     halt = Halt()
-    with forkers() as started, concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+    with fork_servers() as started, concurrent.futures.ThreadPoolExecutor(clusters) as pool:
         try:
             playing = {pool.submit(play, started, plan, halt): plan.cell for plan in plans}
             done: dict[Cell, list[Optional[Trial]]] = {cell: [] for cell in cells}
@@ -181,10 +181,10 @@ def rows(
             pool.shutdown(cancel_futures=True)
 
 
-def expected_s(plans: list[Plan], lanes: int) -> float:
+def expected_s(plans: list[Plan], clusters: int) -> float:
     """How long it is likely to take: no less than its longest trial does."""
     each = [START_S + plan.phase_s + plan.cell.expected_s for plan in plans]
-    return START_S + max(max(each), sum(each) / lanes)
+    return START_S + max(max(each), sum(each) / clusters)
 
 
 def as_they_end(playing: set[concurrent.futures.Future[Trial]]) -> Iterator[concurrent.futures.Future[Trial]]:

@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from bench.contenders import CONTENDERS, Manager, forkers
-from bench.lane import REQUEST_DEADLINE_S, Decode, Ended, Lane, new_room, start_request
+from bench.cluster import REQUEST_DEADLINE_S, Cluster, Decode, Ended, new_room, start_request
+from bench.contenders import CONTENDERS, Manager, fork_servers
 from bench.progress import say as say_of
 
 say = functools.partial(say_of, "lost")
@@ -117,8 +117,8 @@ class Sent:
 class Run:
     """The stream of requests and the faults, and what became of them."""
 
-    def __init__(self, lane: Lane, seconds: float) -> None:
-        self._lane = lane
+    def __init__(self, cluster: Cluster, seconds: float) -> None:
+        self._lane = cluster
         self._script = script_of(seconds)
         self._over = threading.Event()
         self.sent: dict[int, Sent] = {}  # by room
@@ -178,8 +178,8 @@ class Run:
 
 def rows(seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
     """One row for each contender and fault, and one for each contender over all of the run."""
-    with forkers() as started, Lane(started, decodes=2) as lane:
-        run = Run(lane, seconds)
+    with fork_servers() as started, Cluster(started, decodes=2) as cluster:
+        run = Run(cluster, seconds)
         run.play()
         for contender in CONTENDERS:
             yield from rows_of(contender.name, run)

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from manager_process import end_with_parent
+from kit.stock_manager import end_with_parent
 
 from bench.fleet import CONTENDERS, Fault, Faults, Heard, Scenario, run
 from bench.progress import say as say_of

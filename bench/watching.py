@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from bench.contenders import CONTENDERS, Forkers, Manager, forkers
+from bench.contenders import CONTENDERS, ForkServers, Manager, fork_servers
 from bench.progress import say
 
 CASES = [*(("closed", number) for number in (0, 1, 100, 10_000)), ("hung", 100), ("hung", 1200)]
@@ -56,18 +56,19 @@ def peers(kind: str, number: int) -> Iterator[list[str]]:
 
 def rows(seconds: float = 60.0) -> Iterator[dict[str, Any]]:
     """One row for each case and contender, the contenders of a case side by side."""
-    with forkers() as started:
+    with fork_servers() as started:
         for number, (kind, blacklisted) in enumerate(CASES, 1):
             say("watching", f"[{number}/{len(CASES)}] {blacklisted} {kind} peers for {seconds:g} s")
             with peers(kind, blacklisted) as sessions:
                 yield from watch(started, kind, sessions, seconds)
 
 
-def watch(forkers: Forkers, kind: str, sessions: list[str], seconds: float) -> list[dict[str, Any]]:
+def watch(fork_servers: ForkServers, kind: str, sessions: list[str], seconds: float) -> list[dict[str, Any]]:
     """One case: from the moment the sessions are put on the blacklist, which is counted."""
     with contextlib.ExitStack() as running:
         managers = [
-            running.enter_context(Manager(forkers, contender, "prefill", NETWORK, timed=True)) for contender in COMPARED
+            running.enter_context(Manager(fork_servers, contender, "prefill", NETWORK, timed=True))
+            for contender in COMPARED
         ]
         time.sleep(SETTLES_S)
         before = [Levels.of(manager.pid) for manager in managers]

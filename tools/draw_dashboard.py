@@ -16,13 +16,14 @@ import time
 from typing import Any
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(CHECKOUT / folder) for folder in ("test/deploy", "test/faults", "tools", "python")]
+sys.path[:0] = [str(CHECKOUT / folder) for folder in ("test", "python")]
 
-import deployed  # noqa: E402
 import matplotlib  # noqa: E402
 import prometheus  # noqa: E402
-from fleet import Fleet, faults, fleet, wait_until  # noqa: E402
-from network import Network  # noqa: E402
+from kit import deployed  # noqa: E402
+from kit.monitored_fleet import Fleet, faults, fleet  # noqa: E402
+from kit.network import Network  # noqa: E402
+from kit.waiting import wait_until  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -138,7 +139,7 @@ def main(file: pathlib.Path) -> None:
             began = time.time()
             wait_until(lambda: False, WELL_S)
             with faults(all_nodes, network, folder):
-                wait_until(lambda: False, FAULTY_S, meanwhile=all_nodes.flap)
+                wait_until(all_nodes.flap, FAULTY_S, every_s=0.25)
             wait_until(lambda: False, HEALED_S)
             Picture(all_nodes, began).draw(file)
 

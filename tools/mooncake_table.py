@@ -1,6 +1,6 @@
 """Which versions of Mooncake recover together? `mooncake_table.py PAGE FILE` writes the table that ends PAGE.
 
-FILE has one JSON object a line, what test/mooncake has seen of a pair.
+FILE has one JSON object a line, what test/mooncake_versions has seen of a pair.
 """
 
 from __future__ import annotations

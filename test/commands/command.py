@@ -13,11 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-TEST_FOLDER = pathlib.Path(__file__).resolve().parents[1]
-PYTHON_FOLDER = TEST_FOLDER.parent / "python"
-sys.path += [str(TEST_FOLDER / "faults"), str(TEST_FOLDER / "stock")]
-
-import processes  # noqa: E402
+from kit import processes
+from kit.paths import PYTHON_FOLDER
 
 MODULE = ("-m", "sglang_failed_session_probe")
 # A run of the tests in the background ignores it, and so would what it starts.

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Callable
 
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "stock"))
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "doors"))
-
-from environments import Environment, make
-from installation import environment, limit_only_the_test, wheel  # noqa: F401
+from kit.network_fixture import network  # noqa: F401
+from kit.releases import environment, limit_only_the_test, wheel  # noqa: F401
+from small_environments import Environment, make
 
 
 @pytest.fixture

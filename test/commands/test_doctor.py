@@ -10,12 +10,12 @@ import subprocess
 import time
 from collections.abc import Callable
 
-import doctored
 import pytest
-from environments import EVERYTHING, MOONCAKE, PROMETHEUS, SGLANG, WRAPT, Environment, add_wheel_record
-from installation import CHECKOUT, environment
-from places import place
+from kit import changed_sglang
+from kit.installations import install
+from kit.releases import CHECKOUT, environment
 from sglang_failed_session_probe import SWITCH, doctor
+from small_environments import EVERYTHING, MOONCAKE, PROMETHEUS, SGLANG, WRAPT, Environment, add_wheel_record
 
 from router import grid
 
@@ -104,7 +104,7 @@ def test_no_process_of_it_imports_sglang(made: Make) -> None:
 
 @pytest.mark.parametrize("how", ["by finder", "by path"])
 def test_an_editable_sglang_and_an_editable_package_of_ours_are_as_good(how: str, tmp_path: pathlib.Path) -> None:
-    here = Environment(place("sglang-0.5.23", None, how, tmp_path).python)
+    here = Environment(install("sglang-0.5.23", None, how, tmp_path).python)
     report = here.doctor(**ON)
     assert (report.verdict, report.errors) == (WILL_PROBE, [])
     assert report.line("SGLang")["finding"].startswith("0.5.23, editable")
@@ -147,8 +147,8 @@ def test_another_folder_of_that_name_in_front_of_sglang(made: Make, tmp_path: pa
 
 
 def test_an_sglang_that_has_no_blacklist_yet(sound: Environment, tmp_path: pathlib.Path) -> None:
-    old = doctored.Build({"version.py": {}, doctored.CONN: {"failed_sessions": "other_sessions"}}, "")
-    path = doctored.make(old, sound.python, tmp_path)
+    old = changed_sglang.Build({"version.py": {}, changed_sglang.CONN: {"failed_sessions": "other_sessions"}}, "")
+    path = changed_sglang.make(old, sound.python, tmp_path)
     version = path / "sglang" / "_version.py"
     version.unlink()
     version.write_text("__version__ = '0.4.6.post5'")
@@ -157,8 +157,8 @@ def test_an_sglang_that_has_no_blacklist_yet(sound: Environment, tmp_path: pathl
 
 
 def test_an_sglang_whose_file_is_broken(sound: Environment, tmp_path: pathlib.Path) -> None:
-    broken = doctored.Build({doctored.CONN: {r"class MooncakeKVManager": "class class"}}, "")
-    line = sound.doctor(PYTHONPATH=str(doctored.make(broken, sound.python, tmp_path)), **ON).line("patch points")
+    broken = changed_sglang.Build({changed_sglang.CONN: {r"class MooncakeKVManager": "class class"}}, "")
+    line = sound.doctor(PYTHONPATH=str(changed_sglang.make(broken, sound.python, tmp_path)), **ON).line("patch points")
     assert "has no sglang.srt.disaggregation.mooncake.conn that can be read" in line["finding"]
 
 
@@ -171,17 +171,17 @@ def test_no_sglang_at_all(made: Make) -> None:
 
 @pytest.mark.parametrize("build", ["blacklist renamed", "lock renamed", "blacklist is a dict"])
 def test_an_sglang_that_lacks_a_patch_point(build: str, sound: Environment, tmp_path: pathlib.Path) -> None:
-    path = doctored.make(doctored.BUILDS[build], sound.python, tmp_path)
+    path = changed_sglang.make(changed_sglang.BUILDS[build], sound.python, tmp_path)
     report = sound.doctor(PYTHONPATH=str(path), **ON)
     assert report.errors == ["patch points"]
     assert report.verdict.startswith(f"{WILL_NOT}SGLang 0.5.23 has no ")
-    assert doctored.BUILDS[build].missing in report.verdict
+    assert changed_sglang.BUILDS[build].missing in report.verdict
     assert "look for a release of sglang-failed-session-probe that supports it" in report.verdict
 
 
 def test_an_sglang_in_which_nothing_adds_to_the_blacklist(sound: Environment, tmp_path: pathlib.Path) -> None:
-    idle = doctored.Build({doctored.CONN: {r"failed_sessions\.add\(": "failed_sessions.union("}}, "")
-    report = sound.doctor(PYTHONPATH=str(doctored.make(idle, sound.python, tmp_path)), **ON)
+    idle = changed_sglang.Build({changed_sglang.CONN: {r"failed_sessions\.add\(": "failed_sessions.union("}}, "")
+    report = sound.doctor(PYTHONPATH=str(changed_sglang.make(idle, sound.python, tmp_path)), **ON)
     assert report.status == 1
     assert "will perhaps NOT let healed sessions in, because in SGLang 0.5.23 nothing adds to" in report.verdict
 

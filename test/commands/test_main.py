@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from command import run, started
-from installation import environment, wheel  # noqa: F401
+from kit.releases import environment, wheel  # noqa: F401
 
 WRONG = {
     "": "doctor|probe|sessions|status",

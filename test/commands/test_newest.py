@@ -8,7 +8,7 @@ import subprocess
 import sys
 import zipfile
 
-from installation import CHECKOUT, environment
+from kit.releases import CHECKOUT, environment
 from test_patch_points import CONN, SMALL
 
 TAG = "py3-none-any"

@@ -8,14 +8,14 @@ import re
 import subprocess
 import sys
 
-import doctored
 import pytest
-from installation import RELEASES, environment
+from kit import changed_sglang
+from kit.paths import PYTHON_FOLDER
+from kit.releases import RELEASES, environment
 from sglang_failed_session_probe import SWITCH, patch_points
 from sglang_failed_session_probe.own_files import CONN as CONN_MODULE
 from sglang_failed_session_probe.own_files import OLD_ENGINE
 
-PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 EDITED = ["0.5.12.post1", "0.5.23"]
 CONN = "srt/disaggregation/mooncake/conn.py"
 ENGINE = "srt/distributed/device_communicators/mooncake_transfer_engine.py"
@@ -31,7 +31,7 @@ def stock(release: str) -> pathlib.Path:
 def edited(release: str, edits: dict[str, str], folder: pathlib.Path, file: str = CONN) -> patch_points.PatchPoints:
     """What is found in a copy of a release that is edited in one file."""
     python = environment.python(f"sglang-{release}")
-    return patch_points.examine(doctored.make(doctored.Build({file: edits}, ""), python, folder) / "sglang")
+    return patch_points.examine(changed_sglang.make(changed_sglang.Build({file: edits}, ""), python, folder) / "sglang")
 
 
 # Stock releases.
@@ -64,12 +64,12 @@ def test_it_names_the_methods_that_write_the_blacklist(release: str) -> None:
 
 
 @pytest.mark.parametrize("release", EDITED)
-@pytest.mark.parametrize("build", doctored.BUILDS)
+@pytest.mark.parametrize("build", changed_sglang.BUILDS)
 def test_what_makes_the_patch_give_up_is_missing(build: str, release: str, tmp_path: pathlib.Path) -> None:
     python = environment.python(f"sglang-{release}")
-    points = patch_points.examine(doctored.make(doctored.BUILDS[build], python, tmp_path) / "sglang")
+    points = patch_points.examine(changed_sglang.make(changed_sglang.BUILDS[build], python, tmp_path) / "sglang")
     assert not points.fits
-    assert doctored.BUILDS[build].missing in " ".join(points.missing)
+    assert changed_sglang.BUILDS[build].missing in " ".join(points.missing)
     assert points.release == release
 
 

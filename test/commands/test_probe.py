@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 from command import Terminal, interrupt, run, started
-from imposters import imposters
-from installation import environment
-from network import Network, why_no_network
-from node import MEMORY, Node
+from kit.imposters import imposters
+from kit.network import Network
+from kit.node import MEMORY, Node
+from kit.releases import environment
 from sglang_failed_session_probe.probe import Answer, what_next
 
 OLD_MOONCAKE = "sglang-0.5.23+0.3.10.post2"
@@ -33,14 +33,6 @@ class TransferEngine:
 def decode(tmp_path: pathlib.Path) -> Iterator[Node]:
     with Node("decode", tmp_path / "decode") as decode:
         yield decode
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    if why_not := why_no_network():
-        pytest.skip(f"no network fault is injected: {why_not}")
-    with Network() as network:
-        yield network
 
 
 def test_a_live_node_answers_and_mooncakes_own_log_stays_away(decode: Node) -> None:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from command import PYTHON_FOLDER, TEST_FOLDER, Terminal, interrupt, run, started
+from command import Terminal, interrupt, run, started
+from kit.paths import PYTHON_FOLDER, PYTHONPATH
 
 # The command, and a scheduler, whose files are in a folder of the test's own.
 ELSEWHERE = """
@@ -30,8 +31,8 @@ COMMAND = "from sglang_failed_session_probe.__main__ import main; main()"
 # A prefill scheduler on an engine that is a Python object. It does what it reads, a line at a time.
 SCHEDULER = """
 import sys, types
-from fake_engine import PENDING, REFUSED, Engine
-from managers import *
+from kit.fake_engine import PENDING, REFUSED, Engine
+from kit.managers import *
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 engine = Engine(probe=REFUSED)
 MooncakeKVManager.init_engine = lambda self: setattr(self, "engine", engine)
@@ -63,8 +64,7 @@ class Scheduler:
 
     def __init__(self, folder: pathlib.Path, rank: int, user: int | None = None) -> None:
         code = SCHEDULER if user else ELSEWHERE.format(folder=str(folder)) + SCHEDULER
-        paths = [str(PYTHON_FOLDER), str(TEST_FOLDER / "unit")]
-        switch = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        switch = {"SGLANG_ENABLE_FAILED_SESSION_PROBE": "1", "PYTHONPATH": PYTHONPATH}
         self._folder = folder
         self.process = subprocess.Popen(
             [*(contained(folder, user) if user else []), sys.executable, "-c", code, str(rank)],

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from command import Terminal, interrupt, run, started
-from imposters import imposters
+from kit.imposters import imposters
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sglang_failed_session_probe.status import Node, _median, _node
 

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-import sys
-from collections.abc import Iterator
 
+import prometheus
 import pytest
-
-CHECKOUT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(CHECKOUT / folder) for folder in ("test/faults", "test/stock", "tools")]
-
-import prometheus  # noqa: E402
-from installation import environment, limit_only_the_test  # noqa: E402
-from network import Network, why_no_network  # noqa: E402
+from kit.network_fixture import network  # noqa: F401
+from kit.releases import environment, limit_only_the_test
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +17,6 @@ def programs() -> pathlib.Path:
         return prometheus.folder()
     except environment.CannotMake as error:
         pytest.skip(f"no rule is tested: {error}")
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """A network namespace of the test's own; the test is skipped where there can be none."""
-    if why_not := why_no_network():
-        pytest.skip(f"no fleet is scraped: {why_not}")
-    with Network() as network:
-        yield network
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pathlib
 
-import deployed
 import pytest
-from fleet import MANY, PREFILL_NODES, Fleet, faults, fleet, wait_until
-from network import Network
+from kit import deployed
+from kit.monitored_fleet import MANY, PREFILL_NODES, Fleet, faults, fleet
+from kit.network import Network
+from kit.waiting import wait_until
 
 LONG = "FailedSessionsBlacklistedLong"
 TRUTH = {
@@ -37,7 +38,7 @@ def test_each_alert_fires_for_the_node_that_has_the_fault_and_for_no_other(
     with fleet(network, programs / "prometheus", tmp_path, deployed.sixty_times_as_fast) as all_nodes:
         prometheus = all_nodes.prometheus
         well = "sglang:failed_sessions_blacklisted == 0"
-        assert wait_until(lambda: len(prometheus.query(well)) == len(all_nodes.instances), 20)
+        assert wait_until(lambda: len(prometheus.query(well)) == len(all_nodes.instances), 20, every_s=0.25)
         assert all_nodes.firing() == set()
 
         seen: set[tuple[str, str]] = set()
@@ -48,13 +49,13 @@ def test_each_alert_fires_for_the_node_that_has_the_fault_and_for_no_other(
 
         with faults(all_nodes, network, tmp_path):
             # It takes half a minute; a stall of a second or two is minutes for the rules, and most begin anew.
-            all_fired = wait_until(all_fire, 180, meanwhile=all_nodes.flap)
+            all_fired = wait_until(lambda: all_nodes.flap() or all_fire(), 180, every_s=0.25)
             assert seen <= TRUTH, f"an on-call is told what is not so: {seen - TRUTH}"
             assert all_fired, f"an on-call is not told: {TRUTH - all_nodes.firing()}"
             check_rules(all_nodes)
             check_dashboard(all_nodes)
 
-        healed = wait_until(lambda: not any(node in HEALED for _, node in all_nodes.firing()), 120)
+        healed = wait_until(lambda: not any(node in HEALED for _, node in all_nodes.firing()), 120, every_s=0.25)
         assert healed, f"an on-call looks for what is over: {all_nodes.firing()}"
         assert (LONG, "many") in all_nodes.firing(), "what was not healed must go on firing"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-import deployed
 import pytest
+from kit import deployed
 
 PYTHON = deployed.CHECKOUT / "python"
 

@@ -6,8 +6,8 @@ import pathlib
 import re
 import subprocess
 
-import deployed
 import pytest
+from kit import deployed
 
 
 def promtool(programs: pathlib.Path, *arguments: str) -> None:

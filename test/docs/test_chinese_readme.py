@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from installation import CHECKOUT
+from kit.releases import CHECKOUT
 
 ENGLISH, CHINESE = ((CHECKOUT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
 

@@ -13,9 +13,9 @@ import subprocess
 
 import prometheus
 import pytest
-from installation import CHECKOUT, environment
-from node import Node
-from nodes import clean_environment
+from kit.node import Node
+from kit.releases import CHECKOUT, environment
+from kit.stock_node import clean_environment
 
 DOCS = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("deploy/**/*.md")])
 PROGRAMS = ("make", "pip", "python", "sglang-failed-session-probe", "kill", "promtool", "curl", "kubectl", "docker")
@@ -54,7 +54,7 @@ def test_no_command_of_the_docs_is_left_out_here() -> None:
 
 @pytest.mark.parametrize("command", of("make"))
 def test_every_target_of_the_docs_is_one(command: str) -> None:
-    """The targets themselves are run by .ci/run, by test/servers, test/doors and test/faults/test_bench.py."""
+    """The targets themselves are run by .ci/run, by test/servers, test/activation and test/faults/test_kit.py."""
     done = subprocess.run([*command.split(), "--dry-run"], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

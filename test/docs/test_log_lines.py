@@ -7,7 +7,7 @@ import pathlib
 import re
 
 import pytest
-from installation import CHECKOUT
+from kit.releases import CHECKOUT
 
 DOC = (CHECKOUT / "docs/log-lines.md").read_text()
 CODE = sorted([*CHECKOUT.glob("python/sglang/**/*.py"), *CHECKOUT.glob("python/sglang_failed_session_probe/*.py")])

@@ -12,19 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from network import Network, why_no_network
-from node import Node
+from kit.network import Network
+from kit.network_fixture import network  # noqa: F401
+from kit.node import Node
 
 DECODE_PORTS = (20001, 20000)  # handshake and data, in a network namespace of the test's own
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """A network namespace of the test's own; the test is skipped where there can be none."""
-    if why_not := why_no_network():
-        pytest.skip(f"no network fault is injected: {why_not}")
-    with Network() as network:
-        yield network
 
 
 @pytest.fixture

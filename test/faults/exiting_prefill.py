@@ -86,7 +86,7 @@ def handlers() -> dict[str, Any]:
 
 def make_manager(role: str, lacks: list[str]) -> Any:
     """A standing-alone manager with some memory, whose engine lacks these calls."""
-    from faulty_engine import faulty_engine_of
+    from kit.faulty_engine import faulty_engine_of
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 
     memory = (ctypes.c_char * BYTES)()

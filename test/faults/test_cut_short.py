@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 import time
 
-from imposters import imposters
-from node import Node
+from kit.imposters import imposters
+from kit.node import Node
 
 TOLD = "takes connections but cuts every probe short"
 

@@ -22,10 +22,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import processes
 import pytest
-from network import Network, why_no_network
-from node import PYTHON_FOLDER, Node
+from kit import processes
+from kit.network import Network, why_no_network
+from kit.node import Node
+from kit.paths import PYTHONPATH
 
 PROGRAM = pathlib.Path(__file__).with_name("exiting_prefill.py")
 PROMISED_S = 0.5  # for all that the probe does at a stop
@@ -139,7 +140,7 @@ def play(
     """Starts a process, gives it the word to end when its probes are in flight, and looks how it does."""
     folder.mkdir()
     variables = {
-        "PYTHONPATH": str(PYTHON_FOLDER),
+        "PYTHONPATH": PYTHONPATH,
         "MOONCAKE_PROTOCOL": "tcp",
         "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
     }

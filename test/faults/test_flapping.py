@@ -7,7 +7,7 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from node import Node
+from kit.node import Node
 
 RELAPSES = 6
 HOLDS_S = [1.0, 2.0] + [3.0] * (RELAPSES - 2)  # the longest hold is 3 s in place of 300 s

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from imposters import imposters
-from network import Network
-from node import Node
-from traffic import Requests
+from kit.imposters import imposters
+from kit.network import Network
+from kit.node import Node
+from kit.traffic import Requests
 
 CLOSED_PORTS = range(21000, 22000)
 WORKER = "MooncakeSessionWorker"

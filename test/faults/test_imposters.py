@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from imposters import imposters
-from network import Network
-from node import Node
-from traffic import Requests
+from kit.imposters import imposters
+from kit.network import Network
+from kit.node import Node
+from kit.traffic import Requests
 
 
 @pytest.mark.parametrize("kind", ["echo", "failure", "silent", "garbage", "drip"])

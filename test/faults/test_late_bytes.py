@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from network import Network, why_no_network
-from node import Node
+from kit.network import Network, why_no_network
+from kit.node import Node
 
 needs_network = pytest.mark.skipif(bool(why_no_network()), reason=f"no network fault is injected: {why_no_network()}")
 SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"

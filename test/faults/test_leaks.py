@@ -21,7 +21,8 @@ import types
 from typing import Any
 
 import pytest
-from node import PYTHON_FOLDER, Node
+from kit.node import Node
+from kit.paths import PYTHONPATH
 
 PROBES = int(os.environ.get("FAULTS_PROBES", "5000"))
 BATCH = 100
@@ -66,7 +67,7 @@ def run_prefill(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The levels of a prefill process when it is warm, and after PROBES more probes."""
     settings = {
-        "PYTHONPATH": str(PYTHON_FOLDER),
+        "PYTHONPATH": PYTHONPATH,
         "MOONCAKE_PROTOCOL": "tcp",
         "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
         "SGLANG_FAILED_SESSION_PROBE_SETTLE_S": "0.05",

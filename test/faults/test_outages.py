@@ -7,9 +7,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
-from network import Network
-from node import Node
-from traffic import Requests
+from kit.network import Network
+from kit.node import Node
+from kit.traffic import Requests
 
 Record = Callable[..., None]
 Break = Callable[[Network, Node], AbstractContextManager[None]]

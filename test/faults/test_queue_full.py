@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from node import MEMORY, Node
+from kit.node import MEMORY, Node
 from sglang.srt.disaggregation.mooncake import session_probe
 
 RecordFault = Callable[..., None]

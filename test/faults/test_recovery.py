@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from network import Network, why_no_network
-from node import Node
+from kit.network import Network, why_no_network
+from kit.node import Node
 
 needs_network = pytest.mark.skipif(bool(why_no_network()), reason=f"no network fault is injected: {why_no_network()}")
 

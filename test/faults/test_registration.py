@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from network import Network, why_no_network
-from node import Node
+from kit.network import Network, why_no_network
+from kit.node import Node
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake.session_probe import NO_ANSWER as REFUSED
 
 SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
@@ -28,13 +29,6 @@ def pair(tmp_path: pathlib.Path, network: str | None = None, **environment: str)
         prefill.register(decode)
         assert prefill.send_to(decode) == ""
         yield prefill, decode
-
-
-def wait_until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {deadline_s} s"
-        time.sleep(0.02)
 
 
 def register_and_fail_again(prefill: Node, decode: Node) -> None:
@@ -60,11 +54,11 @@ def test_a_probe_that_hung_during_a_registration_does_not_answer_for_a_later_fai
     with pair(tmp_path, **{SETTLE: "0", VERIFY: "off"}) as (prefill, decode):
         with decode.stopped():
             assert "Failed to send" in prefill.send_to(decode)
-            wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 10, "a probe that hangs")
+            assert wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 10), "no probe hangs"
             register_and_fail_again(prefill, decode)
             assert prefill.calls("send_probe", decode.session) == (1, 0), "two probes of one peer at a time"
             prefill.misbehave("send_probe", "gives", REFUSED)  # the one that hangs is Mooncake's still
-        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] >= 2, 10, "the old answer and a new one")
+        assert wait_until(lambda: prefill.calls("send_probe", decode.session)[1] >= 2, 10), "no new answer"
         assert_stays_out(prefill, 1.5)
         prefill.misbehave("send_probe", "works")
         served_s = prefill.wait_until_served(decode, deadline_s=10)
@@ -77,7 +71,7 @@ def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failu
 ) -> None:
     with pair(tmp_path, **{SETTLE: "4"}) as (prefill, decode):
         prefill.ask("fail", [decode.session])
-        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 1, 10, "a first answer")
+        assert wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 1, 10), "no first answer"
         prefill.register(decode)
         assert prefill.ask("blacklisted") == []
         time.sleep(4.5)
@@ -86,7 +80,7 @@ def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failu
         assert prefill.send_to(decode) == ""
 
         prefill.ask("fail", [decode.session])
-        wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 2, 10, "a first answer")
+        assert wait_until(lambda: prefill.calls("send_probe", decode.session)[1] == 2, 10), "no first answer"
         time.sleep(1.5)
         answered_until = time.monotonic()
         register_and_fail_again(prefill, decode)
@@ -106,10 +100,10 @@ def test_reads_that_were_pending_during_a_registration_do_not_answer_for_a_later
         (data,) = set(network.listening_ports(decode.process.pid)) - {int(decode.session.rpartition(":")[2])}
         with network.closed(data, "DROP"):
             prefill.ask("fail", [decode.session])
-            wait_until(lambda: prefill.ask("pending_reads") == 1, 10, "reads that are pending")
+            assert wait_until(lambda: prefill.ask("pending_reads") == 1, 10), "no reads are pending"
             prefill.misbehave("send_probe", "gives", REFUSED)
             register_and_fail_again(prefill, decode)
-        wait_until(lambda: prefill.ask("pending_reads") == 0, 25, "an end of the reads")
+        assert wait_until(lambda: prefill.ask("pending_reads") == 0, 25), "the reads do not end"
         assert prefill.calls("batch_transfer_async_read", decode.session) == (4, 4), "other reads were begun"
         assert_stays_out(prefill, 1.5)
         prefill.misbehave("send_probe", "works")
@@ -150,7 +144,7 @@ def test_a_registration_right_after_every_connection_has_failed_costs_no_request
             prefill.ask("register", decode.session, memory_that_is_gone)
             prefill.ask("fail", [decode.session])
             prefill.wait_for_log("reading its memory gave -1", times=time_read_in_vain)
-            wait_until(lambda: prefill.ask("in_flight") == 0, 5, "reads are still being begun")
+            assert wait_until(lambda: prefill.ask("in_flight") == 0, 5), "reads are still being begun"
             registered_at = time.monotonic()
             prefill.register(decode)
             assert prefill.send_to(decode) == "", "a request failed; without the probe it would not have"

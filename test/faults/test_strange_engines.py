@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from node import Node
+from kit.node import Node
 from sglang.srt.observability import failed_session_log
 
 INTERVAL_S = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from node import Node
+from kit.node import Node
 
 
 def test_a_variable_of_tent_changes_nothing_on_a_wheel_without_tent(tmp_path: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from kit import waiting
 from prometheus_client import REGISTRY
 from sglang.srt.disaggregation.mooncake import conn, probe_workers, session_probe, standalone_manager
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager, PeerMemory
@@ -410,10 +411,7 @@ def recoveries() -> float:
 
 
 def wait_until(condition: Callable[[], Any], within_s: float, what_is_lost: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what_is_lost} (seed {SEED}, waited {within_s:.0f} s)\n{stacks()}"
-        time.sleep(0.005)
+    assert waiting.wait_until(condition, within_s), f"{what_is_lost} (seed {SEED}, waited {within_s:.0f} s)\n{stacks()}"
 
 
 def stacks() -> str:

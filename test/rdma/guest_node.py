@@ -25,7 +25,7 @@ REFUSED_AGAIN_S = 0.1
 NATIVE_INTERVAL_S = 30.0
 
 
-class Node:
+class GuestNode:
     """What the commands do. `role` is prefill or decode."""
 
     def __init__(self, role: str) -> None:
@@ -144,7 +144,7 @@ def serve(role: str) -> None:
     """The body of the process."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Mooncake prints
-    node = Node(role)
+    node = GuestNode(role)
     print(json.dumps({"value": node.ready()}), file=answers, flush=True)
     for line in sys.stdin:
         command, arguments = json.loads(line)

@@ -15,12 +15,10 @@ import re
 import shutil
 import sys
 
+import environment
+from environment import CannotMake
+
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "tools"))
-
-import environment  # noqa: E402
-from environment import CannotMake  # noqa: E402
-
 FOLDER = environment.VENVS / "rdma"
 # What is needed of Debian, by the file that shows that it is there.
 PACKAGES = {

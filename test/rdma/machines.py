@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple, Optional
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "faults"))
+from image import Image, environment, image
+from kit import processes
 
-import processes  # noqa: E402
-from image import Image, environment, image  # noqa: E402
+HERE = pathlib.Path(__file__).resolve().parent
 
 Direction = Literal["to", "back", "both"]  # towards the decode node, from it, or both
 HANDSHAKE, RDMA = "handshake", ("rdma0", "rdma1")

@@ -16,7 +16,7 @@ START_S = 120.0
 OURS = pathlib.Path(__file__).resolve().parents[2] / "python"
 
 
-class Node:
+class RemoteNode:
     """A standing-alone manager in a process of a machine; ended when its `with` block is left.
 
     With a port that is its handshake's, and it can be restarted on it. `variables` are added to its environment.
@@ -36,14 +36,14 @@ class Node:
         assert not self._port or self.session.endswith(f":{self._port}"), f"{self.session} has not port {self._port}"
 
     def ask(self, command: str, *arguments: Any, deadline_s: float = 60) -> Any:
-        """Calls a method of `guest_node.Node` there."""
+        """Calls a method of `guest_node.RemoteNode` there."""
         return self.machine.do("ask", self.name, command, arguments, deadline_s=deadline_s)
 
-    def register(self, peer: Node) -> None:
+    def register(self, peer: RemoteNode) -> None:
         """The peer tells this prefill node its memory."""
         self.ask("register", peer.session, peer.blocks, peer.aux)
 
-    def send_to(self, peer: Node, size: int = 65536) -> str:
+    def send_to(self, peer: RemoteNode, size: int = 65536) -> str:
         """Sends one block; empty if it arrived, else why not."""
         return str(self.ask("send", peer.session, size))
 
@@ -79,7 +79,7 @@ class Node:
             best = min(best, (ended - began, there - (began + ended) / 2))
         return best[1]
 
-    def __enter__(self) -> Node:
+    def __enter__(self) -> RemoteNode:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
 import time
 
 import machines
-import processes
 import pytest
+from kit import processes
 
 BOOTS_TWO_MACHINES = "import machines\nwith machines.pair(): pass"
 
@@ -26,7 +27,11 @@ def test_machines_end_when_the_test_run_is_killed() -> None:
         machines.image()
     except machines.environment.CannotMake as why:
         pytest.skip(f"NO MACHINE WITH RDMA IS STARTED: {why}")
-    test_run = subprocess.Popen([sys.executable, "-c", BOOTS_TWO_MACHINES], cwd=machines.HERE)
+    test_run = subprocess.Popen(
+        [sys.executable, "-c", BOOTS_TWO_MACHINES],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=machines.HERE,
+    )
     try:
         deadline = time.monotonic() + 100  # other machines may have to end first
         while len(running := machines_of(test_run.pid)) < 2:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from machines import RDMA, Pair
-from remote_node import Node
+from remote_node import RemoteNode
 from test_rdma import DEVICE_RESTS_S, GIVEN_UP_S, SERVED_WITHIN_S, Record, check
 from trial import BEFORE, LIMIT, REQUEST_EVERY_S, THIS_PATCH, Contender, nodes, play
 
@@ -61,7 +61,7 @@ def test_decode_nodes_that_cannot_be_reached_do_no_harm_to_another(
 ) -> None:
     pair = pair_beside_another
     assert pair.other_decode is not None
-    with nodes(pair, sessions=8) as (prefill, decodes), Node(pair.other_decode, "other", "decode") as other:
+    with nodes(pair, sessions=8) as (prefill, decodes), RemoteNode(pair.other_decode, "other", "decode") as other:
         prefill.register(other)
         assert prefill.send_to(other, SMALL) == "", "a transfer between healthy nodes has failed"
         if beside_traffic:

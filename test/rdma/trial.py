@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 from machines import Pair
-from remote_node import OURS, Node
+from remote_node import OURS, RemoteNode
 
 RELEASE_BEFORE = "0963c7b"  # 0.1.0
 REQUEST_EVERY_S = 0.5
@@ -34,7 +34,7 @@ class Contender:
 
     name: str
     python: Callable[[], pathlib.Path]
-    let_in: str = ""  # by what of `guest_node.Node.let_in`; our patch is off then
+    let_in: str = ""  # by what of `guest_node.GuestNode.let_in`; our patch is off then
 
     def __str__(self) -> str:
         return self.name
@@ -107,16 +107,16 @@ class Trial:
 @contextlib.contextmanager
 def nodes(
     pair: Pair, contender: Contender = THIS_PATCH, sessions: int = 1, timeout_s: int = 5
-) -> Iterator[tuple[Node, list[Node]]]:
+) -> Iterator[tuple[RemoteNode, list[RemoteNode]]]:
     """A prefill node and so many decode nodes that have met."""
     ours = not contender.let_in
     variables = {"MC_TRANSFER_TIMEOUT": str(timeout_s), "SGLANG_ENABLE_FAILED_SESSION_PROBE": str(int(ours))}
     python = contender.python()  # here, because `cache` lets threads that ask at once each make the copy
 
-    def start(place: int) -> Node:
+    def start(place: int) -> RemoteNode:
         if place == 0:
-            return Node(pair.prefill, "prefill", "prefill", 0, python, **variables)
-        return Node(pair.decode, f"decode-{place}", "decode", DECODE_PORT + place, python, **variables)
+            return RemoteNode(pair.prefill, "prefill", "prefill", 0, python, **variables)
+        return RemoteNode(pair.decode, f"decode-{place}", "decode", DECODE_PORT + place, python, **variables)
 
     with contextlib.ExitStack() as running, concurrent.futures.ThreadPoolExecutor() as at_once:
         starting = [at_once.submit(start, place) for place in range(sessions + 1)]
@@ -130,8 +130,8 @@ def nodes(
 
 
 def play(
-    prefill: Node,
-    decodes: list[Node],
+    prefill: RemoteNode,
+    decodes: list[RemoteNode],
     fault: Callable[[], AbstractContextManager[object]],
     seconds: float,
     served_within_s: float,
@@ -162,7 +162,7 @@ def play(
 Outcomes = dict[str, list[tuple[float, float, str]]]
 
 
-def _until_served(prefill: Node, sessions: list[str], healed_at: float, served_within_s: float) -> Outcomes:
+def _until_served(prefill: RemoteNode, sessions: list[str], healed_at: float, served_within_s: float) -> Outcomes:
     deadline = time.monotonic() + served_within_s
     while True:
         outcomes = {name: prefill.ask("outcomes", name) for name in sessions}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Callable
 
 import pytest
+from kit.paths import CHECKOUT
 
 from demo import scenario, servers, tiny_model
 from tools import environment
 
-CHECKOUT = pathlib.Path(__file__).parents[2]
 OURS = "sglang:failed_session"
 # Two pairs of servers import for a minute each; making their environment has a deadline of its own.
 pytestmark = pytest.mark.timeout(900)

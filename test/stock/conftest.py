@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Optional
 
 import pytest
-from installation import RELEASES, environment, environment_with, limit_only_the_test, sglang_folder, wheel  # noqa: F401
-from nodes import ENABLE, Node, Start
+from kit.releases import RELEASES, environment, environment_with, limit_only_the_test, sglang_folder, wheel  # noqa: F401
+from kit.stock_node import ENABLE, Start, StockNode
 
 
 @pytest.fixture(scope="session", params=RELEASES)
@@ -38,19 +38,21 @@ def start(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """
     with contextlib.ExitStack() as nodes:
 
-        def start(role: str, *, python: pathlib.Path = python, network: Optional[str] = None, **settings: str) -> Node:
-            return nodes.enter_context(Node(python, role, tmp_path_factory.mktemp(role), network, **settings))
+        def start(
+            role: str, *, python: pathlib.Path = python, network: Optional[str] = None, **settings: str
+        ) -> StockNode:
+            return nodes.enter_context(StockNode(python, role, tmp_path_factory.mktemp(role), network, **settings))
 
         yield start
 
 
 @pytest.fixture(scope="session")
-def decode(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def decode(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockNode]:
     """The decode node of that release, with the switch on as an operator may have it. It serves every prefill.
 
     It has no manager until make() is called; a further call makes another one.
     """
-    with Node(python, "decode", tmp_path_factory.mktemp("decode"), **{ENABLE: "1"}) as node:
+    with StockNode(python, "decode", tmp_path_factory.mktemp("decode"), **{ENABLE: "1"}) as node:
         yield node
 
 

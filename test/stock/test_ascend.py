@@ -8,7 +8,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from nodes import ENABLE, Start, Story, play_story
+from kit.stock_node import ENABLE, Start, Story, play_story
 
 pytestmark = pytest.mark.every_release
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import doctored
 import pytest
-from nodes import ENABLE, Node, Start, is_served, recovers
+from kit import changed_sglang
+from kit.stock_node import ENABLE, Start, StockNode, is_served, recovers
 
-Prefill = Callable[[str], Node]
+Prefill = Callable[[str], StockNode]
 
 CASES = {
     "0.5.8.post1": ["blacklist renamed", "blacklist is a dict", "blacklist has a second name"],
@@ -33,23 +33,23 @@ pytestmark = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def prefill(
-    start: Start, release: str, python: object, decode: Node, tmp_path_factory: pytest.TempPathFactory
+    start: Start, release: str, python: object, decode: StockNode, tmp_path_factory: pytest.TempPathFactory
 ) -> Prefill:
     """Gives the prefill node, its switch on, that runs a build."""
     nodes = {}
     for build in CASES[release]:
-        path = doctored.make(doctored.BUILDS[build], python, tmp_path_factory.mktemp("doctored"))
+        path = changed_sglang.make(changed_sglang.BUILDS[build], python, tmp_path_factory.mktemp("changed"))
         nodes[build] = start("prefill", PYTHONPATH=str(path), **NATIVE, **{ENABLE: "1"})
     decode.make()
     for build, node in nodes.items():
-        node.ask("call", **doctored.BUILDS[build].names)
+        node.ask("call", **changed_sglang.BUILDS[build].names)
         node.make()
     return nodes.__getitem__
 
 
 def test_one_error_line_names_what_is_missing_and_the_release(prefill: Prefill, build: str, release: str) -> None:
     (error,) = prefill(build).records(level="ERROR")
-    assert doctored.BUILDS[build].missing in error
+    assert changed_sglang.BUILDS[build].missing in error
     assert release in error
 
 
@@ -57,12 +57,12 @@ def test_sglang_is_left_unpatched(prefill: Prefill, build: str) -> None:
     assert prefill(build).ask("code")["foreign_methods"] == []
 
 
-def test_the_manager_serves_requests_all_the_same(prefill: Prefill, decode: Node, build: str) -> None:
+def test_the_manager_serves_requests_all_the_same(prefill: Prefill, decode: StockNode, build: str) -> None:
     assert is_served(prefill(build), decode, register=True)
 
 
 def test_only_the_native_probe_runs_where_there_is_one_and_it_heals(
-    prefill: Prefill, decode: Node, build: str, release: str
+    prefill: Prefill, decode: StockNode, build: str, release: str
 ) -> None:
     node = prefill(build)
     native = release == "0.5.23"

@@ -6,19 +6,15 @@ Both are in a network of their own, in which the tests drop and reject packets. 
 from __future__ import annotations
 
 import contextlib
-import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
-from nodes import ENABLE, Node, Sent, Start, hand_over, is_blacklisted, is_served, recovers, send
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "faults"))
-
-import processes
-from network import Network, why_no_network
+from kit import processes
+from kit.network import Network, why_no_network
+from kit.stock_node import ENABLE, Sent, Start, StockNode, hand_over, is_blacklisted, is_served, recovers, send
+from kit.waiting import wait_until
 
 pytestmark = [
     pytest.mark.parametrize("release", ["0.5.23"], indirect=True, scope="session"),
@@ -43,12 +39,12 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture(scope="module")
-def prefill(start: Start, network: Network) -> Node:
+def prefill(start: Start, network: Network) -> StockNode:
     return start("prefill", network=network.path, **{ENABLE: "1"})
 
 
 @pytest.fixture(scope="module")
-def decode(start: Start, network: Network, prefill: Node) -> Node:
+def decode(start: Start, network: Network, prefill: StockNode) -> StockNode:
     """The decode node; both have a manager from now on."""
     decode = start("decode", network=network.path, **PORTS)
     prefill.make()
@@ -56,13 +52,13 @@ def decode(start: Start, network: Network, prefill: Node) -> Node:
 
 
 @pytest.fixture(autouse=True)
-def known_to_each_other(prefill: Node, decode: Node) -> None:
+def known_to_each_other(prefill: StockNode, decode: StockNode) -> None:
     """Decode registers again, so that nothing counts any more that a test before has done to its session."""
     assert is_served(prefill, decode, register=True)
 
 
 @pytest.fixture
-def handshake_port(decode: Node) -> int:
+def handshake_port(decode: StockNode) -> int:
     return int(decode.session.rpartition(":")[2])
 
 
@@ -73,7 +69,7 @@ def data_port(handshake_port: int) -> int:
 
 
 @contextlib.contextmanager
-def stopped(decode: Node) -> Iterator[None]:
+def stopped(decode: StockNode) -> Iterator[None]:
     decode.stop()
     try:
         yield
@@ -96,13 +92,6 @@ def rule(network: Network, *words: str) -> Iterator[Callable[[], int]]:
         processes.run(["iptables", "--wait", "-D", "INPUT", *words], network.path)
 
 
-def wait_for(packets: Callable[[], int], why_not: str) -> None:
-    deadline = time.monotonic() + 15
-    while not packets():
-        assert time.monotonic() < deadline, why_not
-        time.sleep(0.02)
-
-
 def assert_lost_to_the_fault(sent: Sent) -> None:
     assert "Failed to send kv chunk" in sent.reason, f"the fault has not made a transfer fail: {sent}"
 
@@ -111,13 +100,13 @@ def assert_refused(sent: Sent) -> None:
     assert "is not alive" in sent.reason, f"a request was let through to fail while the fault lasted: {sent}"
 
 
-def assert_next_request_is_served(prefill: Node, decode: Node, held_s: float = 0.0) -> None:
+def assert_next_request_is_served(prefill: StockNode, decode: StockNode, held_s: float = 0.0) -> None:
     """Takes a second and the hold; where the machine stalls and a read fails of it, the next one is 5 s later."""
     assert recovers(prefill, decode.session, held_s + 15), "still refused though the fault is over"
     assert is_served(prefill, decode), "the first request after the recovery was lost"
 
 
-FAULTS: dict[str, Callable[[Network, Node], AbstractContextManager[object]]] = {
+FAULTS: dict[str, Callable[[Network, StockNode], AbstractContextManager[object]]] = {
     "decode stopped": lambda network, decode: stopped(decode),
     "all packets dropped": lambda network, decode: rule(network, "-j", "DROP"),
     "all connections rejected": lambda network, decode: rule(network, "-p", "tcp", *RESET),
@@ -126,7 +115,7 @@ FAULTS: dict[str, Callable[[Network, Node], AbstractContextManager[object]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_next_request_is_served_after_a_fault_of_10_s(
-    prefill: Node, decode: Node, network: Network, fault: str
+    prefill: StockNode, decode: StockNode, network: Network, fault: str
 ) -> None:
     lost, refused = hand_over(prefill, decode), hand_over(prefill, decode)
     with FAULTS[fault](network, decode):
@@ -138,7 +127,7 @@ def test_the_next_request_is_served_after_a_fault_of_10_s(
 
 
 def test_no_request_is_let_through_to_a_data_port_that_rejects_while_the_handshake_answers(
-    prefill: Node, decode: Node, network: Network, data_port: int
+    prefill: StockNode, decode: StockNode, network: Network, data_port: int
 ) -> None:
     with network.rejected(data_port):
         over_at = time.monotonic() + FAULT_S
@@ -149,7 +138,7 @@ def test_no_request_is_let_through_to_a_data_port_that_rejects_while_the_handsha
 
 
 def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
-    prefill: Node, decode: Node, network: Network, handshake_port: int, data_port: int
+    prefill: StockNode, decode: StockNode, network: Network, handshake_port: int, data_port: int
 ) -> None:
     said_before = len(prefill.records(HELD))
     for hold_s in (0, 1, 2, 4):
@@ -164,7 +153,7 @@ def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
 
 
 def test_late_bytes_of_a_failed_request_have_landed_before_the_next_one_is_served(
-    prefill: Node, decode: Node, network: Network
+    prefill: StockNode, decode: StockNode, network: Network
 ) -> None:
     opens_all_lanes = hand_over(prefill, decode, pages=PAGES)
     assert (
@@ -184,7 +173,7 @@ def test_late_bytes_of_a_failed_request_have_landed_before_the_next_one_is_serve
 
 
 @pytest.fixture
-def unsettled_prefill(prefill: Node, decode: Node) -> Iterator[Node]:
+def unsettled_prefill(prefill: StockNode, decode: StockNode) -> Iterator[StockNode]:
     """The prefill node with a manager to which one answer is enough."""
     prefill.ask("teardown")
     prefill.make(**NO_SETTLING)
@@ -195,19 +184,19 @@ def unsettled_prefill(prefill: Node, decode: Node) -> Iterator[Node]:
 
 
 def test_an_answer_to_a_probe_from_before_a_registration_does_not_end_a_later_failure(
-    unsettled_prefill: Node, decode: Node, network: Network, handshake_port: int
+    unsettled_prefill: StockNode, decode: StockNode, network: Network, handshake_port: int
 ) -> None:
     prefill = unsettled_prefill
     with contextlib.ExitStack() as silence:
         after_connect = ["-p", "tcp", "--tcp-flags", "SYN", "NONE", "--dport", str(handshake_port)]
         unheard = silence.enter_context(rule(network, *after_connect, "-j", "DROP"))
         prefill.ask("blacklist", session=decode.session)
-        wait_for(unheard, "nobody was asked")
+        assert wait_until(unheard, 15), "nobody was asked"
         assert is_blacklisted(prefill, decode.session), "the probe does not hang"
         assert is_served(prefill, decode, register=True), "a registration does not lift the blacklisting"
         prefill.ask("blacklist", session=decode.session)
         with rule(network, "-p", "tcp", "--syn", "--dport", str(handshake_port), *RESET) as packets:
             silence.close()  # the answer comes now; whoever asks from now on is refused
-            wait_for(packets, "nobody was asked after the answer had come")
+            assert wait_until(packets, 15), "nobody was asked after the answer had come"
             assert is_blacklisted(prefill, decode.session), "let in by an answer older than the newest failure"
     assert_next_request_is_served(prefill, decode)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pathlib
 
-import doctored
 import pytest
-from nodes import ENABLE, Node, Start, is_served, recovers
+from kit import changed_sglang
+from kit.stock_node import ENABLE, Start, StockNode, is_served, recovers
 
 pytestmark = pytest.mark.parametrize("release", ["0.5.23"], indirect=True, scope="session")
 
 
 def test_a_blacklisted_session_is_used_again(
-    start: Start, python: pathlib.Path, decode: Node, tmp_path: pathlib.Path
+    start: Start, python: pathlib.Path, decode: StockNode, tmp_path: pathlib.Path
 ) -> None:
-    path = doctored.make(doctored.LOCK_TAKEN_TWICE, python, tmp_path)
+    path = changed_sglang.make(changed_sglang.LOCK_TAKEN_TWICE, python, tmp_path)
     prefill = start("prefill", PYTHONPATH=str(path), **{ENABLE: "1"}).make()
     decode.make()
     assert is_served(prefill, decode, register=True)

@@ -9,12 +9,12 @@ import time
 from collections import Counter
 
 import pytest
-from installation import MOONCAKE
-from nodes import (
+from kit.releases import MOONCAKE
+from kit.stock_node import (
     ENABLE,
-    Node,
     Refused,
     Start,
+    StockNode,
     Story,
     clean_environment,
     counts,
@@ -53,7 +53,7 @@ WRONG = [
 
 
 @pytest.fixture(scope="module")
-def prefill(start: Start, decode: Node) -> Node:
+def prefill(start: Start, decode: StockNode) -> StockNode:
     """A prefill node with the switch on; the decode node imports at the same time."""
     node = start("prefill", **{ENABLE: "1"}).make()
     decode.make()
@@ -61,7 +61,7 @@ def prefill(start: Start, decode: Node) -> Node:
 
 
 @pytest.fixture(scope="module")
-def story(prefill: Node, decode: Node) -> Story:
+def story(prefill: StockNode, decode: StockNode) -> Story:
     return play_story(prefill, decode)
 
 
@@ -83,7 +83,7 @@ def test_sglang_works_off_the_requests_for_one_session_in_order(story: Story) ->
     assert "is not alive" in story.behind_it.reason, "two transfers to one session were under way together"
 
 
-def test_the_next_request_is_refused_in_sglangs_own_words(story: Story, decode: Node) -> None:
+def test_the_next_request_is_refused_in_sglangs_own_words(story: Story, decode: StockNode) -> None:
     assert story.refused.status == "Failed"
     assert f"remote mooncake session {decode.session} is not alive" in story.refused.reason
 
@@ -93,7 +93,7 @@ def test_a_resumed_decode_recovers_within_5_s_and_serves_the_next_request(story:
     assert story.served_after
 
 
-def test_the_recovery_is_counted_once_and_leaves_nothing_behind(story: Story, prefill: Node) -> None:
+def test_the_recovery_is_counted_once_and_leaves_nothing_behind(story: Story, prefill: StockNode) -> None:
     assert story.counter == 1
     state = prefill.ask("state")
     assert state["failed_sessions"] == []
@@ -101,7 +101,7 @@ def test_the_recovery_is_counted_once_and_leaves_nothing_behind(story: Story, pr
 
 
 def test_the_command_sessions_shows_the_session_on_probation_and_the_rank_that_let_it_in(
-    story: Story, prefill: Node, decode: Node, python: pathlib.Path
+    story: Story, prefill: StockNode, decode: StockNode, python: pathlib.Path
 ) -> None:
     assert story.recovered
     command = [python.with_name("sglang-failed-session-probe"), "sessions", "--json"]
@@ -117,23 +117,25 @@ def test_the_command_sessions_shows_the_session_on_probation_and_the_rank_that_l
     assert row["why"].startswith("let in again, on probation for ")
 
 
-def test_sglangs_own_classes_have_our_methods_and_no_others(prefill: Node) -> None:
+def test_sglangs_own_classes_have_our_methods_and_no_others(prefill: StockNode) -> None:
     assert prefill.ask("code")["foreign_methods"] == OUR_METHODS
 
 
-def test_exactly_one_probe_thread_runs_and_its_loop_is_ours(prefill: Node, python: pathlib.Path) -> None:
+def test_exactly_one_probe_thread_runs_and_its_loop_is_ours(prefill: StockNode, python: pathlib.Path) -> None:
     (file,) = prefill.ask("state")["probe_loops"]
     assert pathlib.Path(file).is_relative_to(python.parent.parent)
 
 
-def test_the_log_says_the_texts_that_operators_grep_for_once_each(story: Story, prefill: Node, decode: Node) -> None:
+def test_the_log_says_the_texts_that_operators_grep_for_once_each(
+    story: Story, prefill: StockNode, decode: StockNode
+) -> None:
     assert prefill.records("Starting failed-session probe loop") == [LOOP_STARTED]
     (recovered,) = prefill.records("recovered via probe")
     assert recovered.startswith(RECOVERED % decode.session)
     assert recovered.endswith(" requests refused)")
 
 
-def test_one_info_line_names_the_versions_and_the_settings(prefill: Node, release: str) -> None:
+def test_one_info_line_names_the_versions_and_the_settings(prefill: StockNode, release: str) -> None:
     (line,) = prefill.records(MOONCAKE, level="INFO")
     assert release in line
     for part in ("interval=30s", "max_interval=300s", "idle_timeout=600s", "settle=1s", "verify=on", "concurrency=16"):
@@ -141,7 +143,7 @@ def test_one_info_line_names_the_versions_and_the_settings(prefill: Node, releas
 
 
 def test_the_log_warns_of_the_blacklisting_and_has_no_error_but_sglangs_own(
-    story: Story, prefill: Node, decode: Node
+    story: Story, prefill: StockNode, decode: StockNode
 ) -> None:
     assert prefill.records(level="ERROR") == [f"Session {decode.session} failed."]
     first, *more = prefill.records(level="WARNING")
@@ -149,13 +151,15 @@ def test_the_log_warns_of_the_blacklisting_and_has_no_error_but_sglangs_own(
     assert all("answers probes, but reading its memory gave -1" in line for line in more), "one lane was dead, at most"
 
 
-def test_a_decode_manager_has_no_blacklist_and_no_probe_thread(decode: Node, prefill: Node) -> None:
+def test_a_decode_manager_has_no_blacklist_and_no_probe_thread(decode: StockNode, prefill: StockNode) -> None:
     state = decode.ask("state")
     assert state["failed_sessions"] is None
     assert [name for name in state["threads"] if "Session" in name or "Probe" in name] == []
 
 
-def test_a_registration_clears_the_blacklist_without_counting_as_a_recovery(prefill: Node, decode: Node) -> None:
+def test_a_registration_clears_the_blacklist_without_counting_as_a_recovery(
+    prefill: StockNode, decode: StockNode
+) -> None:
     for _ in range(5):
         before, began = prefill.ask("counter"), time.monotonic()
         prefill.ask("blacklist", session=decode.session)
@@ -170,7 +174,7 @@ def test_a_registration_clears_the_blacklist_without_counting_as_a_recovery(pref
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
-def test_a_wrong_setting_stops_the_prefill_with_one_sentence(prefill: Node, name: str, value: str) -> None:
+def test_a_wrong_setting_stops_the_prefill_with_one_sentence(prefill: StockNode, name: str, value: str) -> None:
     threads = prefill.ask("state")["threads"]
     with pytest.raises(Refused) as refused:
         prefill.make(**{name: value})
@@ -184,13 +188,13 @@ def test_a_wrong_setting_stops_the_prefill_with_one_sentence(prefill: Node, name
     assert not Counter(prefill.ask("state")["threads"]) - Counter(threads)  # workers of a probe before may have ended
 
 
-def test_an_interval_over_the_longest_stops_the_prefill_and_names_both(prefill: Node) -> None:
+def test_an_interval_over_the_longest_stops_the_prefill_and_names_both(prefill: StockNode) -> None:
     interval, longest = SECONDS[:2]
     with pytest.raises(Refused, match=rf"{interval}.*400.*{longest}.*300"):
         prefill.make(**{interval: "400", longest: "300"})
 
 
-def test_no_session_is_lost_that_fails_while_the_manager_starts(prefill: Node, decode: Node) -> None:
+def test_no_session_is_lost_that_fails_while_the_manager_starts(prefill: StockNode, decode: StockNode) -> None:
     dead = [f"127.0.1.{i}:1" for i in range(1, 101)]
     before = prefill.ask("counter")["value"]
     prefill.ask("make_while_transfers_fail", session=decode.session, more=dead)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Optional
 
 import pytest
-from installation import RELEASES
-from nodes import ENABLE, Node, Refused, Start, hand_over, is_blacklisted, is_served, recovers, send
+from kit.releases import RELEASES
+from kit.stock_node import ENABLE, Refused, Start, StockNode, hand_over, is_blacklisted, is_served, recovers, send
 
-Prefill = Callable[[Optional[str]], Node]
+Prefill = Callable[[Optional[str]], StockNode]
 
 # Unset (None) on each release; each word where it tells most: 0.5.23 has a probe of its own, on unless the switch is
 # off, and knows fewer words for that than we do.
@@ -28,7 +28,7 @@ def of(cases: list[tuple[str, Optional[str]]]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def prefill(start: Start, release: str, decode: Node) -> Prefill:
+def prefill(start: Start, release: str, decode: StockNode) -> Prefill:
     """Gives the prefill node whose switch is set to a word."""
     nodes = {word: start("prefill", **NATIVE, **({} if word is None else {ENABLE: word})) for word in WORDS[release]}
     decode.make()
@@ -55,7 +55,7 @@ def test_off_or_unset_leaves_sglangs_classes_and_blacklist_alone(
 @pytest.mark.every_release
 @of(OFF)
 def test_off_or_unset_starts_no_probe_thread_and_a_session_stays_blacklisted(
-    prefill: Prefill, decode: Node, release: str, word: Optional[str]
+    prefill: Prefill, decode: StockNode, release: str, word: Optional[str]
 ) -> None:
     if (release, word) == ("0.5.23", None):
         pytest.skip("unset, SGLang's own probe runs on this release")
@@ -79,7 +79,7 @@ def test_off_or_unset_registers_no_metric(prefill: Prefill, connectors: pathlib.
 @pytest.mark.every_release
 @of([("0.5.23", None)])
 def test_unset_leaves_sglangs_native_probe_running_and_healing(
-    prefill: Prefill, decode: Node, word: Optional[str]
+    prefill: Prefill, decode: StockNode, word: Optional[str]
 ) -> None:
     node = prefill(word)
     (file,) = node.ask("state")["probe_loops"]
@@ -90,7 +90,7 @@ def test_unset_leaves_sglangs_native_probe_running_and_healing(
 
 @of([("0.5.23", "On")])
 def test_a_word_for_on_that_sglang_does_not_know_starts_our_probe(
-    prefill: Prefill, decode: Node, word: Optional[str]
+    prefill: Prefill, decode: StockNode, word: Optional[str]
 ) -> None:
     node = prefill(word)
     (file,) = node.ask("state")["probe_loops"]

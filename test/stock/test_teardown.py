@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from nodes import ENABLE, Node, Start, counts, is_blacklisted, is_served, recovers
+from kit.stock_node import ENABLE, Start, StockNode, counts, is_blacklisted, is_served, recovers
 
 pytestmark = pytest.mark.every_release
 
@@ -19,7 +19,7 @@ UNTIL_A_PROBE_HANGS_S = 0.3
 
 
 @pytest.fixture(scope="module")
-def prefill(start: Start, decode: Node, connectors: pathlib.Path) -> Node:
+def prefill(start: Start, decode: StockNode, connectors: pathlib.Path) -> StockNode:
     """A prefill node with the switch on, which decode has registered with."""
     if "def teardown(" not in (connectors / "mooncake" / "conn.py").read_text():
         pytest.skip("this release has no teardown()")
@@ -30,7 +30,7 @@ def prefill(start: Start, decode: Node, connectors: pathlib.Path) -> Node:
 
 
 @pytest.fixture
-def hung_decode(prefill: Node, decode: Node) -> Iterator[Node]:
+def hung_decode(prefill: StockNode, decode: StockNode) -> Iterator[StockNode]:
     """The decode node, stopped, with a probe of ours out that hangs until it goes on."""
     decode.stop()
     try:
@@ -41,14 +41,16 @@ def hung_decode(prefill: Node, decode: Node) -> Iterator[Node]:
         decode.resume()
 
 
-def test_teardown_ends_the_probe_thread_at_once_even_while_a_probe_hangs(prefill: Node, hung_decode: Node) -> None:
+def test_teardown_ends_the_probe_thread_at_once_even_while_a_probe_hangs(
+    prefill: StockNode, hung_decode: StockNode
+) -> None:
     torn_down = prefill.ask("teardown")
     (took_s,) = torn_down["loops_s"]
     assert took_s < JOIN_S
     assert prefill.ask("state")["probe_loops"] == []
 
 
-def test_the_next_prefill_manager_has_one_probe_thread_and_recovers(prefill: Node, decode: Node) -> None:
+def test_the_next_prefill_manager_has_one_probe_thread_and_recovers(prefill: StockNode, decode: StockNode) -> None:
     prefill.make()
     assert len(prefill.ask("state")["probe_loops"]) == 1
     assert is_served(prefill, decode, register=True)
@@ -59,20 +61,20 @@ def test_the_next_prefill_manager_has_one_probe_thread_and_recovers(prefill: Nod
     assert is_served(prefill, decode)
 
 
-def test_a_manager_that_was_torn_down_probes_no_more(prefill: Node, decode: Node) -> None:
+def test_a_manager_that_was_torn_down_probes_no_more(prefill: StockNode, decode: StockNode) -> None:
     prefill.ask("teardown")
     prefill.ask("blacklist", session=decode.session)
     time.sleep(2.0)  # a running probe would have let it in after SETTLE, a second
     assert is_blacklisted(prefill, decode.session)
 
 
-def test_after_a_switch_to_the_decode_role_no_probe_thread_runs(prefill: Node) -> None:
+def test_after_a_switch_to_the_decode_role_no_probe_thread_runs(prefill: StockNode) -> None:
     prefill.make(role="decode")
     assert prefill.ask("state")["probe_loops"] == []
     prefill.ask("teardown")
 
 
-def test_after_a_switch_back_to_prefill_it_recovers_again(prefill: Node, decode: Node) -> None:
+def test_after_a_switch_back_to_prefill_it_recovers_again(prefill: StockNode, decode: StockNode) -> None:
     prefill.make(role="prefill")
     assert len(prefill.ask("state")["probe_loops"]) == 1
     assert is_served(prefill, decode, register=True)
@@ -80,5 +82,5 @@ def test_after_a_switch_back_to_prefill_it_recovers_again(prefill: Node, decode:
     assert recovers(prefill, decode.session)
 
 
-def test_the_interpreter_exits_cleanly_while_a_probe_hangs(prefill: Node, hung_decode: Node) -> None:
+def test_the_interpreter_exits_cleanly_while_a_probe_hangs(prefill: StockNode, hung_decode: StockNode) -> None:
     assert prefill.exit(deadline_s=20) == 0

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from managers import ENABLE, NO_MEMORY, MakeManager
+from kit.managers import ENABLE, NO_MEMORY, MakeManager
+from kit.paths import PYTHON_FOLDER
 from sglang.srt.disaggregation.mooncake import conn
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.disaggregation.mooncake.session_probe import Reads
-
-PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 
 settings.register_profile("unit", deadline=None, database=None, derandomize=True)
 settings.load_profile("unit")

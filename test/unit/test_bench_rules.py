@@ -11,7 +11,7 @@ from bench.fleet import Fault, FixedRank, Heard, NativeRank, OurRank, Scenario
 
 # Importing these starts nothing, but they import what drives real managers.
 from bench import lag, lost  # isort: skip
-from bench.lane import Ended  # isort: skip
+from bench.cluster import Ended  # isort: skip
 
 STOPPED = (Fault(10.0, 40.0, "stopped"),)
 DROPPED = (Fault(10.0, 40.0, "dropped"),)

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import PENDING, REFUSED, Engine, raises, waits_for_a_reply_of
-from managers import (
+from kit.fake_engine import PENDING, REFUSED, Engine, raises, waits_for_a_reply_of
+from kit.managers import (
     ENABLE,
     INTERVAL,
     NO_MEMORY,
@@ -34,9 +34,9 @@ from managers import (
     send,
     stopped_peers,
     threads,
-    wait_until,
     watch_of,
 )
+from kit.waiting import wait_until
 from prometheus_client import REGISTRY
 from sglang.srt.disaggregation.mooncake import conn, session_probe, session_states, session_watch
 from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager

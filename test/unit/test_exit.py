@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from managers import ENABLE
+from kit.managers import ENABLE
 
 ENDS_WITHIN_S = 0.5
 TRIES = 3  # a machine that does much else stands still for a moment: an exit that waits in vain does so each time

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import REFUSED, Engine
-from managers import D, MakeManager, blacklist, blacklisted, wait_until
+from kit.fake_engine import REFUSED, Engine
+from kit.managers import D, MakeManager, blacklist, blacklisted
+from kit.paths import PYTHON_FOLDER, PYTHONPATH
+from kit.waiting import wait_until
 from sglang.srt.observability import failed_session_file
 from sglang.srt.observability.failed_session_file import SessionsFile
 from virtual_prober import HEALTHY, REFUSING, VirtualProber, many
 
-PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 # A process that reads what is in a folder, as the command does: a JSON list with an object or the reason for each file.
 READER = """
 import dataclasses, json, pathlib, sys
@@ -295,8 +296,9 @@ def test_it_is_gone_once_the_manager_is_torn_down(make_manager: MakeManager, fol
 
 EXITING = """
 import pathlib, sys
-from fake_engine import Engine
-from managers import NO_MEMORY, D, blacklist, wait_until
+from kit.fake_engine import Engine
+from kit.managers import NO_MEMORY, D, blacklist
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 from sglang.srt.observability import failed_session_file
 failed_session_file.folders = lambda: [pathlib.Path(sys.argv[1])]
@@ -310,8 +312,7 @@ assert wait_until(lambda: list(pathlib.Path(sys.argv[1]).iterdir()))
 
 
 def test_it_is_gone_once_the_process_has_exited_though_a_probe_hung(folder: pathlib.Path) -> None:
-    paths = os.pathsep.join([str(PYTHON_FOLDER), str(pathlib.Path(__file__).parent)])
-    environment = {**os.environ, "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1", "PYTHONPATH": PYTHONPATH}
     subprocess.run(python(EXITING, folder), env=environment, check=True, timeout=30)
     assert list(folder.iterdir()) == []
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import raises
-from managers import full_peer, wait_until
+from kit.fake_engine import raises
+from kit.managers import full_peer
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake import hung_call
 from sglang.srt.disaggregation.mooncake.hung_call import end_call, wait_of
 

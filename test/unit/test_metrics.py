@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import PENDING, REFUSED, Engine, raises, waits_for_a_reply_of
-from managers import (
+from kit.fake_engine import PENDING, REFUSED, Engine, raises, waits_for_a_reply_of
+from kit.managers import (
     ENABLE,
     INTERVAL,
     OTHER,
@@ -28,9 +28,10 @@ from managers import (
     many,
     send,
     stopped_peers,
-    wait_until,
     watch_of,
 )
+from kit.paths import PYTHONPATH
+from kit.waiting import wait_until
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from sglang.srt.disaggregation.mooncake import conn, session_states, session_watch
@@ -302,8 +303,8 @@ def test_a_metric_that_fails_is_said_once_and_holds_up_nobody(
 
 MEMBER = """
 import fcntl, json, os, sys, time
-from fake_engine import Engine, raises
-from managers import NO_MEMORY, blacklist
+from kit.fake_engine import Engine, raises
+from kit.managers import NO_MEMORY, blacklist
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 def new_manager(probe, role):
     global manager
@@ -320,11 +321,9 @@ class Member:
     def __init__(
         self, folder: pathlib.Path, log: pathlib.Path, inside: tuple[str, ...] = (), **environment: str
     ) -> None:
-        here = pathlib.Path(__file__).parent
-        paths = os.pathsep.join(map(str, (here, here.parents[1] / "python")))
         variables = {
             "PROMETHEUS_MULTIPROC_DIR": str(folder),
-            "PYTHONPATH": paths,
+            "PYTHONPATH": PYTHONPATH,
             ENABLE: "1",
         }
         self.log = log

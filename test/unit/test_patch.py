@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from kit.paths import PYTHON_FOLDER
 from sglang_failed_session_probe import SWITCH as ENABLE
 from sglang_failed_session_probe import patch
 
-PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 PTH_LINE = (PYTHON_FOLDER / "sglang_failed_session_probe.pth").read_text().strip()
 ON = {ENABLE: "1", "SGLANG_FAILED_SESSION_PROBE_SETTLE_S": "0.02"}
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import raises
-from managers import threads, wait_until
+from kit.fake_engine import raises
+from kit.managers import threads
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
 from sglang.srt.disaggregation.mooncake.probe_workers import Answer, Workers
 

@@ -13,13 +13,13 @@ import sys
 import time
 
 import pytest
+from kit.paths import CHECKOUT
 
 from demo.servers import Server
 from router import clients, cut, grid, stock_router, story
 from router.clients import Request
 from router.tally import Tally, tally
 
-CHECKOUT = pathlib.Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("router_table", CHECKOUT / "tools/router_table.py")
 assert spec is not None
 assert spec.loader is not None

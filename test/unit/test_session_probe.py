@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 import pytest
-from fake_engine import PENDING, REFUSED, Engine, raises, result_of
+from kit.fake_engine import PENDING, REFUSED, Engine, raises, result_of
 from sglang.srt.disaggregation.mooncake import session_probe
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from fake_engine import Engine
-from managers import ENABLE, NO_MEMORY, OTHER, SOME_MEMORY, D, send, wait_until
+from kit.fake_engine import Engine
+from kit.managers import ENABLE, NO_MEMORY, OTHER, SOME_MEMORY, D, send
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager
 
 MEMORY = types.SimpleNamespace(

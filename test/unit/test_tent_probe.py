@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_engine import Engine
-from managers import ENABLE
+from kit.fake_engine import Engine
+from kit.managers import ENABLE
 from sglang.srt.disaggregation.mooncake import conn, tent_probe
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]

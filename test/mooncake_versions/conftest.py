@@ -7,20 +7,15 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from kit.network import Network, why_no_network
+from kit.releases import environment, limit_only_the_test, wheel  # noqa: F401
+from kit.stock_node import ENABLE, StockNode
+from version_pairs import VERSIONS, Pair, Seen, play
 
-for folder in ("stock", "faults"):
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / folder))
-
-from installation import environment, limit_only_the_test, wheel  # noqa: E402, F401
-from network import Network, why_no_network  # noqa: E402
-from nodes import ENABLE, Node  # noqa: E402
-from pairs import VERSIONS, Pair, Seen, play  # noqa: E402
-
-Nodes = dict[str, Node]
+Nodes = dict[str, StockNode]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +44,7 @@ def nodes(
         def start(role: str, **settings: str) -> Nodes:
             folders = {version: tmp_path_factory.mktemp(role) for version in pythons}
             return {
-                version: running.enter_context(Node(python, role, folders[version], network.path, **settings))
+                version: running.enter_context(StockNode(python, role, folders[version], network.path, **settings))
                 for version, python in pythons.items()
             }
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Optional
 
-from network import Network
-from nodes import SOURCE_PAGES, TARGET_PAGES, Node, Sent, hand_over, is_blacklisted, recovers, send
+from kit.network import Network
+from kit.stock_node import SOURCE_PAGES, TARGET_PAGES, Sent, StockNode, hand_over, is_blacklisted, recovers, send
 from sglang.srt.disaggregation.mooncake import session_probe
 
 VERSIONS = ["0.3.9", "0.3.10.post2", "0.3.11", "0.3.12", "0.3.13.post1", "0.3.14"]
@@ -54,8 +54,8 @@ class Pair:
 
     prefill_version: str
     decode_version: str
-    prefill: Node
-    decode: Node
+    prefill: StockNode
+    decode: StockNode
     seen: Seen = dataclasses.field(default_factory=Seen)
 
 
@@ -77,7 +77,7 @@ def play(pairs: list[Pair], network: Network) -> None:
         pair.seen.said = [line.replace(decode.session, "...") for line in pair.prefill.records(decode.session)]
 
 
-def stop(pairs: list[Pair], decode: Node) -> None:
+def stop(pairs: list[Pair], decode: StockNode) -> None:
     """Stops the decode process in the middle of a request of each pair."""
     rooms = handed_over(pairs)
 
@@ -187,7 +187,7 @@ def side_by_side(pairs: list[Pair], do: Callable[[Pair], object]) -> None:
         list(threads.map(do, pairs))
 
 
-def ports(decode: Node, network: Network) -> tuple[int, int]:
+def ports(decode: StockNode, network: Network) -> tuple[int, int]:
     """Mooncake's handshake port and data port; it takes both from below the range that the kernel gives ports from."""
     handshake = int(decode.session.rpartition(":")[2])
     first_of_kernel = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])

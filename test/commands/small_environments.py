@@ -10,8 +10,8 @@ import venv
 import zipfile
 from typing import Any
 
-from installation import environment
-from nodes import clean_environment
+from kit.releases import environment
+from kit.stock_node import clean_environment
 
 DEADLINE_S = 60
 SGLANG = "sglang"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from node import Node
+from kit.node import Node
 
 EVERY_S = 0.05
 

@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Optional
 
-from installation import CHECKOUT, environment
-from nodes import clean_environment
+from kit.releases import CHECKOUT, environment
+from kit.stock_node import clean_environment
 
 RUN_DEADLINE_S = 100
 PIP_DEADLINE_S = 300
@@ -31,7 +31,7 @@ sys.meta_path.append(Finder)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Installation:
     """An environment with our package: its python, and the folders from which SGLang and our files are to come."""
 
     python: pathlib.Path
@@ -68,14 +68,16 @@ class Place:
             aside.rename(door)
 
 
-def place(name: str, wheel: Optional[pathlib.Path], sglang: str, folder: pathlib.Path) -> Place:
+def install(name: str, wheel: Optional[pathlib.Path], sglang: str, folder: pathlib.Path) -> Installation:
     """Make a thin environment in front of the environment `name` and install our package: the wheel, or else editable.
 
     `sglang` says how SGLang lies there: "installed", "by finder" or "by path" (the two ways of editable installs).
     """
     python = environment.in_front_of(name, folder / "venv")
     site = site_packages(python)
-    here = Place(python, folder if sglang != "installed" else environment.VENVS, CHECKOUT if wheel is None else site)
+    here = Installation(
+        python, folder if sglang != "installed" else environment.VENVS, CHECKOUT if wheel is None else site
+    )
     if sglang != "installed":
         _move_sglang(python, sglang, folder)
     here.pip("install", *([wheel, "--no-deps"] if wheel else ["--editable", CHECKOUT]))

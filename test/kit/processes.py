@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
+
+from kit.paths import PYTHONPATH
 
 
 def start(command: list[str], network: str | None = None, **options: Any) -> subprocess.Popen[str]:
@@ -17,6 +22,11 @@ def start(command: list[str], network: str | None = None, **options: Any) -> sub
     that runs the test.
     """
     return subprocess.Popen(_ends_with_this_run(command, network), text=True, **options)
+
+
+def kit_program(module: str, *arguments: object) -> list[str]:
+    """The command that runs a module of this package."""
+    return ["env", f"PYTHONPATH={PYTHONPATH}", sys.executable, "-m", f"kit.{module}", *map(str, arguments)]
 
 
 def run(command: list[str], network: str | None = None) -> str:
@@ -50,6 +60,21 @@ def end(process: subprocess.Popen[str]) -> None:
         if pipe is not None:
             with contextlib.suppress(OSError):  # what was not flushed has nobody to read it
                 pipe.close()
+
+
+def stop(pid: int, deadline_s: float = 20) -> None:
+    """SIGSTOP; when this returns, no thread of the process runs any more, which is later than ``kill`` returns."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + deadline_s
+    while any(state != "T" for state in _thread_states(pid)):
+        assert time.monotonic() < deadline, "a stopped process has a thread that runs"
+        time.sleep(0.001)
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            yield stat.read_text().rpartition(")")[2].split()[0]
 
 
 def living(pids: list[int]) -> list[int]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-import processes
+from kit import processes
 
 HOST = "127.0.0.1"
 # Of Mooncake's handshake: an 8-byte length, a byte that tells the kind of message, JSON. 3 asks whether it is there.
@@ -30,7 +30,7 @@ def imposters(kind: str, count: int = 1, port: int = 0, network: str | None = No
     "echo" sends back what it is sent, "failure" a JSON reply that says it failed, "garbage" what is no reply, "drip" a
     reply without end, a byte every 0.1 s, and "silent" nothing.
     """
-    with processes.running([sys.executable, __file__, kind, str(count), str(port)], network) as ports:
+    with processes.running(processes.kit_program("imposters", kind, count, port), network) as ports:
         yield [f"{HOST}:{port}" for port in json.loads(ports)]
 
 

@@ -1,6 +1,6 @@
 """What does a stock MooncakeKVManager do? This process holds one, on host memory, without model or scheduler.
 
-    manager_process.py prefill|decode LOG
+    stock_manager.py prefill|decode LOG
 
 It answers each line of JSON on stdin, {"do": COMMAND, ...}, with a line of JSON on stdout, and appends every log record
 to the file LOG as a line of JSON. The commands are the methods of ManagerProcess. It runs in the environment of an

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,13 +25,6 @@ MakeManager = Callable[..., Any]
 
 def many(number: int) -> list[str]:
     return [f"decode:{port}" for port in range(1, number + 1)]
-
-
-def wait_until(condition: Callable[[], Any], within_s: float = 5.0) -> bool:
-    deadline = time.monotonic() + within_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    return bool(condition())
 
 
 def threads(name: str) -> list[threading.Thread]:

@@ -15,7 +15,7 @@ import time
 import urllib.parse
 from typing import Any
 
-import processes
+from kit import processes
 
 CLONE_NEWNET = 0x40000000
 PORT = 9090  # in a network namespace of the test's own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from pairs import FIRST_THAT_ACKNOWLEDGES, FIRST_THAT_ANSWERS, FIRST_THAT_ASKS, SERVED, VERSIONS, Seen
+from version_pairs import FIRST_THAT_ACKNOWLEDGES, FIRST_THAT_ANSWERS, FIRST_THAT_ASKS, SERVED, VERSIONS, Seen
 
 See = Callable[[str, str], Seen]
 

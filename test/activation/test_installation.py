@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from installation import environment
-from places import Place, place, site_packages
+from kit.installations import Installation, install, site_packages
+from kit.releases import environment
 from sglang_failed_session_probe import SWITCH as ENABLE
 
 HEAVY = "('sglang', 'wrapt', 'prometheus_client', 'mooncake')"
@@ -18,26 +18,26 @@ PACKAGES = ["wheel", "editable"]
 OFF = [{}, {ENABLE: "0"}, {ENABLE: "off"}]
 
 
-def imported(place: Place, **variables: str) -> dict[str, int]:
+def imported(installation: Installation, **variables: str) -> dict[str, int]:
     """What the interpreter imports at its start, with the time that each module takes by itself in microseconds."""
-    lines = place.run("-X", "importtime", "-c", "pass", **variables).stderr.splitlines()
+    lines = installation.run("-X", "importtime", "-c", "pass", **variables).stderr.splitlines()
     columns = [line.removeprefix("import time:").split("|") for line in lines if line.startswith("import time:")]
     return {name.strip(): int(own) for own, _, name in columns if own.strip().isdigit()}
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The same environment without our package."""
     folder = tmp_path_factory.mktemp("bare")
-    return Place(environment.in_front_of("engines", folder / "venv"), folder, folder)
+    return Installation(environment.in_front_of("engines", folder / "venv"), folder, folder)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("switch", OFF, ids=lambda switch: switch.get(ENABLE, "unset"))
 def test_switched_off_the_interpreter_starts_with_nothing_more_than_the_standard_library(
-    place_with: Callable[..., Place], bare: Place, package: str, switch: dict[str, str]
+    installed: Callable[..., Installation], bare: Installation, package: str, switch: dict[str, str]
 ) -> None:
-    more = imported(place_with("engines", package), **switch).keys() - imported(bare).keys()
+    more = imported(installed("engines", package), **switch).keys() - imported(bare).keys()
     foreign = {name for name in more if name.split(".")[0] not in sys.stdlib_module_names}
     assert foreign <= {"sglang_failed_session_probe"}
 
@@ -45,35 +45,37 @@ def test_switched_off_the_interpreter_starts_with_nothing_more_than_the_standard
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("switch", OFF, ids=lambda switch: switch.get(ENABLE, "unset"))
 def test_switched_off_our_door_costs_less_than_a_millisecond(
-    place_with: Callable[..., Place], bare: Place, package: str, switch: dict[str, str]
+    installed: Callable[..., Installation], bare: Installation, package: str, switch: dict[str, str]
 ) -> None:
     without = imported(bare).keys()
     costs = []
     for _ in range(5):
-        times = imported(place_with("engines", package), **switch)
+        times = imported(installed("engines", package), **switch)
         costs.append(sum(own for name, own in times.items() if name not in without))
     assert min(costs) < COST_US, f"microseconds at five starts: {costs}"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_switched_off_no_module_of_others_is_loaded(place_with: Callable[..., Place], package: str) -> None:
-    assert place_with("engines", package).run("-c", LOADED).stdout.split() == []
+def test_switched_off_no_module_of_others_is_loaded(installed: Callable[..., Installation], package: str) -> None:
+    assert installed("engines", package).run("-c", LOADED).stdout.split() == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_switched_on_only_wrapt_is_loaded_before_sglang_is(place_with: Callable[..., Place], package: str) -> None:
-    assert place_with("engines", package).run("-c", LOADED, **{ENABLE: "1"}).stdout.split() == ["wrapt"]
+def test_switched_on_only_wrapt_is_loaded_before_sglang_is(
+    installed: Callable[..., Installation], package: str
+) -> None:
+    assert installed("engines", package).run("-c", LOADED, **{ENABLE: "1"}).stdout.split() == ["wrapt"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_uninstalling_leaves_nothing_behind(wheel: pathlib.Path, tmp_path: pathlib.Path, package: str) -> None:
-    here = place("engines", wheel if package == "wheel" else None, "installed", tmp_path)
+    here = install("engines", wheel if package == "wheel" else None, "installed", tmp_path)
     assert ours_in(here)
     here.pip("uninstall", "--yes", "sglang-failed-session-probe")
     assert ours_in(here) == []
 
 
-def ours_in(place: Place) -> list[pathlib.Path]:
+def ours_in(installation: Installation) -> list[pathlib.Path]:
     """Everything in site-packages but what the environment began with and what our package asks for."""
     others = ("00-behind", "editables", "_virtualenv", "distutils-precedence")
-    return [entry for entry in site_packages(place.python).iterdir() if not entry.name.startswith(others)]
+    return [entry for entry in site_packages(installation.python).iterdir() if not entry.name.startswith(others)]

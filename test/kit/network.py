@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Literal
 
-import processes
+from kit import processes
 
 Direction = Literal["to", "back", "both"]  # towards a port, from it, or both
-RELAY = pathlib.Path(__file__).with_name("relay.py")
 # The relay's own connections carry this mark, so that they are not redirected to itself.
 RELAY_MARK = 7
 # When a process is gone, so are its connections: Mooncake does not take a port that has one in TIME_WAIT.
@@ -71,7 +68,7 @@ class Network:
     @contextlib.contextmanager
     def delayed(self, port: int, seconds: float) -> Iterator[None]:
         """Connections made from now on get what the port answers that much later; they are cut at the end."""
-        with processes.running([sys.executable, str(RELAY), str(port), str(seconds)], self.path) as relay_port:
+        with processes.running(processes.kit_program("relay", port, seconds), self.path) as relay_port:
             unmarked = ["-m", "mark", "!", "--mark", str(RELAY_MARK)]
             to_relay = ["-p", "tcp", "--dport", str(port), *unmarked, "-j", "REDIRECT", "--to-ports", relay_port]
             with self._rules_in_force([["nat", "OUTPUT", *to_relay]]):

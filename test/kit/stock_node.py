@@ -1,4 +1,4 @@
-"""How does a test drive stock managers? A Node is one process with a manager; functions play a request between two."""
+"""How does a test drive stock managers? A StockNode is a process with one; functions play a request between two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from typing import Any
 
 from sglang_failed_session_probe import SWITCH
 
-PROGRAM = pathlib.Path(__file__).with_name("manager_process.py")
+from kit import processes
+
+PROGRAM = pathlib.Path(__file__).with_name("stock_manager.py")
 START_DEADLINE_S = 300.0
 ANSWER_DEADLINE_S = 60.0
 TRANSFER_TIMEOUT_S = 5  # the least that Mooncake takes for MC_TRANSFER_TIMEOUT
@@ -43,7 +45,7 @@ class Refused(Exception):
     """A manager has refused its settings; the message is its sentence."""
 
 
-class Node:
+class StockNode:
     """One process with a stock manager. Starting it returns at once, so that several can import side by side.
 
     `network` is the path of the network namespace that it is to be in. Not thread-safe. A context manager: its end ends
@@ -75,7 +77,7 @@ class Node:
         self.bootstrap = ""
 
     def ask(self, command: str, deadline_s: float = ANSWER_DEADLINE_S, **arguments: Any) -> dict[str, Any]:
-        """Have the process run one command of manager_process.py. Raises NodeEnded, or RuntimeError if it failed."""
+        """Have the process run one command of stock_manager.py. Raises NodeEnded, or RuntimeError if it failed."""
         if not self._is_ready:
             self._answer(START_DEADLINE_S)
             self._is_ready = True
@@ -85,7 +87,7 @@ class Node:
             raise RuntimeError(f"{self.role}: {answer['error']}")
         return answer
 
-    def make(self, role: str = "", **settings: str) -> Node:
+    def make(self, role: str = "", **settings: str) -> StockNode:
         """Construct a manager in the node's role, or in `role`, with `settings` put into the process's environment.
 
         Raises Refused if it refuses the settings.
@@ -114,13 +116,8 @@ class Node:
         return self._process.pid
 
     def stop(self) -> None:
-        """Stop the process (SIGSTOP) and return when the kernel says that all of its threads are stopped."""
-        os.kill(self._process.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + 5
-        while not _stands_still(self._process.pid):
-            if time.monotonic() > deadline:
-                raise NodeEnded(f"{self.role} does not stop")
-            time.sleep(0.001)
+        """Stop the process (SIGSTOP) and return when all of its threads are stopped."""
+        processes.stop(self._process.pid)
 
     def resume(self) -> None:
         """Let the process go on (SIGCONT)."""
@@ -131,7 +128,7 @@ class Node:
         self._write({"do": "exit"})
         return self._process.wait(deadline_s)
 
-    def __enter__(self) -> Node:
+    def __enter__(self) -> StockNode:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -165,15 +162,7 @@ class Node:
             pass  # it has ended: the answer that does not come says so
 
 
-def _stands_still(pid: int) -> bool:
-    try:
-        stats = [stat.read_text() for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat")]
-    except OSError:  # a thread has ended meanwhile
-        return False
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-
-Start = Callable[..., Node]  # the fixture: start(role, *, python=..., network=..., **settings)
+Start = Callable[..., StockNode]  # the fixture: start(role, *, python=..., network=..., **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +173,7 @@ class Sent:
     reason: str
 
 
-def hand_over(prefill: Node, decode: Node, register: bool = False, pages: list[int] = TARGET_PAGES) -> int:
+def hand_over(prefill: StockNode, decode: StockNode, register: bool = False, pages: list[int] = TARGET_PAGES) -> int:
     """Let decode hand pages for a new request to prefill; return the request's room.
 
     With `register`, decode first registers its memory again, as after it has lost the prefill's heartbeat.
@@ -196,25 +185,25 @@ def hand_over(prefill: Node, decode: Node, register: bool = False, pages: list[i
     return room
 
 
-def send(prefill: Node, room: int, pages: list[int] = SOURCE_PAGES) -> Sent:
+def send(prefill: StockNode, room: int, pages: list[int] = SOURCE_PAGES) -> Sent:
     """Transfer new bytes, of these pages, for a request that was handed over; return when the transfer has ended."""
     begin_to_send(prefill, room, pages)
     return end_of(prefill, room)
 
 
-def begin_to_send(prefill: Node, room: int, pages: list[int] = SOURCE_PAGES) -> None:
+def begin_to_send(prefill: StockNode, room: int, pages: list[int] = SOURCE_PAGES) -> None:
     """As `send`, but return at once."""
     prefill.ask("fill", seed=room % 251)
     prefill.ask("send", room=room, pages=pages)
 
 
-def end_of(prefill: Node, room: int) -> Sent:
+def end_of(prefill: StockNode, room: int) -> Sent:
     """How a transfer ends that was begun."""
     ended = prefill.ask("finish", room=room, wait_s=30)
     return Sent(ended["status"], ended.get("reason", ""))
 
 
-def is_served(prefill: Node, decode: Node, register: bool = False) -> bool:
+def is_served(prefill: StockNode, decode: StockNode, register: bool = False) -> bool:
     """Play one whole request; True if both ends call it a success and decode holds the bytes of prefill."""
     room = hand_over(prefill, decode, register)
     sent = send(prefill, room)
@@ -239,7 +228,7 @@ class Story:
     counter: float
 
 
-def play_story(prefill: Node, decode: Node) -> Story:
+def play_story(prefill: StockNode, decode: StockNode) -> Story:
     """Stop decode in the middle of a request with another one behind it, send one more while it is stopped, then let
     decode go on.
     """
@@ -273,12 +262,12 @@ def play_story(prefill: Node, decode: Node) -> Story:
     )
 
 
-def is_blacklisted(prefill: Node, session: str) -> bool:
+def is_blacklisted(prefill: StockNode, session: str) -> bool:
     """True while prefill has the session on its blacklist; asks without noting a request."""
     return session in prefill.ask("state")["failed_sessions"]
 
 
-def counts(prefill: Node, recoveries: float, deadline_s: float = 10.0) -> bool:
+def counts(prefill: StockNode, recoveries: float, deadline_s: float = 10.0) -> bool:
     """Wait until prefill has counted so many recoveries, a moment after the session is off the blacklist."""
     deadline = time.monotonic() + deadline_s
     while prefill.ask("counter")["value"] < recoveries and time.monotonic() < deadline:
@@ -286,7 +275,7 @@ def counts(prefill: Node, recoveries: float, deadline_s: float = 10.0) -> bool:
     return prefill.ask("counter")["value"] == recoveries
 
 
-def recovers(prefill: Node, session: str, deadline_s: float = 15.0) -> bool:
+def recovers(prefill: StockNode, session: str, deadline_s: float = 15.0) -> bool:
     """Wait until the session is off the blacklist; False if it is not by the deadline."""
     deadline = time.monotonic() + deadline_s
     while is_blacklisted(prefill, session):

@@ -1,10 +1,10 @@
 """How do many stock managers start in no time? This process imports a release of SGLang and forks one for each.
 
-    forker.py SOCKET
+    fork_server.py SOCKET
 
 Each connection to the Unix socket SOCKET becomes a process of its own, which answers lines of JSON on it: {"do":
 COMMAND, ...} is answered, {"tell": COMMAND, ...} is not. The commands are the methods of Manager and those that it has
-from ManagerProcess. It runs in the environment of an SGLang release, like manager_process.py.
+from ManagerProcess. It runs in the environment of an SGLang release, like stock_manager.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import importlib.util
 import json
 import logging
 import os
-import pathlib
 import random
 import signal
 import socket
@@ -28,9 +27,7 @@ import traceback
 import types
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "test" / "stock"))
-
-import manager_process
+from kit import stock_manager
 from timed_lock import TimedLock
 
 CLONE_NEWNET = 0x40000000
@@ -41,7 +38,7 @@ POLL_EVERY_S = 0.001
 CLEAR_AFTER_S = 1.0
 
 
-class Manager(manager_process.ManagerProcess):
+class Manager(stock_manager.ManagerProcess):
     """A manager whose requests go on side by side: a thread plays its side of each as far as it has come."""
 
     def __init__(self) -> None:
@@ -172,7 +169,7 @@ class Manager(manager_process.ManagerProcess):
             if status == "Success":
                 transfer.clear()
             else:
-                manager_process.failure_reason(transfer)  # which clears it
+                stock_manager.failure_reason(transfer)  # which clears it
 
 
 class ProbedTightly(set):  # type: ignore[type-arg]
@@ -208,7 +205,7 @@ def enter(network: str) -> None:
 
 def serve(connection: socket.socket) -> None:
     """The body of a forked process, until the other end of the connection is closed."""
-    manager_process.end_with_parent()
+    stock_manager.end_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     random.seed()
     manager = Manager()
@@ -229,7 +226,7 @@ def import_everything() -> None:
     """Import what a manager needs, without starting a thread: only this one would go on in a forked process."""
     import sglang.srt.disaggregation.mooncake.conn
 
-    manager_process.Release()
+    stock_manager.Release()
     with contextlib.suppress(ImportError):
         import sglang.srt.arg_groups.pipeline  # noqa: F401
     threads = os.listdir("/proc/self/task")
@@ -237,8 +234,8 @@ def import_everything() -> None:
 
 
 def main(path: str) -> None:
-    manager_process.end_with_parent()
-    answers = manager_process.take_stdout()
+    stock_manager.end_with_parent()
+    answers = stock_manager.take_stdout()
     logging.basicConfig(level=logging.ERROR)
     import_everything()
     gc.freeze()  # so that the collector does not touch, and thereby copy, the pages that the processes share

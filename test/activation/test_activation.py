@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
-from installation import RELEASES, environment_with, sglang_folder
-from places import Place
+from kit.installations import Installation
+from kit.releases import RELEASES, environment_with, sglang_folder
 from sglang_failed_session_probe import SWITCH
 
 PROCESS = pathlib.Path(__file__).with_name("door_process.py")
@@ -29,43 +29,43 @@ ON = {SWITCH: "1"}
     ],
 )
 def test_the_probe_is_active_through_either_door(
-    place_with: Callable[..., Place], release: str, package: str, sglang: str, door: str
+    installed: Callable[..., Installation], release: str, package: str, sglang: str, door: str
 ) -> None:
-    assert_active(place_with(environment_with(release), package, sglang), plugins=door == "entry point")
+    assert_active(installed(environment_with(release), package, sglang), plugins=door == "entry point")
 
 
 @pytest.mark.every_release
 @pytest.mark.parametrize("release", RELEASES)
 def test_where_sglang_has_plugins_the_entry_point_alone_is_enough(
-    place_with: Callable[..., Place], release: str
+    installed: Callable[..., Installation], release: str
 ) -> None:
-    place = place_with(environment_with(release), "wheel")
-    if not (sglang_folder(place.python) / "srt" / "plugins").is_dir():
+    installation = installed(environment_with(release), "wheel")
+    if not (sglang_folder(installation.python) / "srt" / "plugins").is_dir():
         pytest.skip("this release has no plugins")
-    assert_active(place, plugins=True)
+    assert_active(installation, plugins=True)
 
 
-def assert_active(place: Place, plugins: bool) -> None:
+def assert_active(installation: Installation, plugins: bool) -> None:
     """Import the connector through one door alone; all that is patched must be our code, in SGLang's own modules."""
-    with place.without_pth_door() if plugins else contextlib.nullcontext():
-        found = json.loads(place.run(PROCESS, "active", *(["plugins"] if plugins else []), **ON).stdout)
+    with installation.without_pth_door() if plugins else contextlib.nullcontext():
+        found = json.loads(installation.run(PROCESS, "active", *(["plugins"] if plugins else []), **ON).stdout)
     for module in ("sglang", "conn"):
-        assert pathlib.Path(found[module]).is_relative_to(place.sglang), f"{module} is not SGLang's own"
+        assert pathlib.Path(found[module]).is_relative_to(installation.sglang), f"{module} is not SGLang's own"
     for method in ("pass", "send_probe"):
-        assert pathlib.Path(found[method]).is_relative_to(place.ours), f"{method} is not ours"
+        assert pathlib.Path(found[method]).is_relative_to(installation.ours), f"{method} is not ours"
     assert found["knows_our_settings"]
 
 
-def test_the_engines_module_does_not_bring_the_connector_with_it(place_with: Callable[..., Place]) -> None:
+def test_the_engines_module_does_not_bring_the_connector_with_it(installed: Callable[..., Installation]) -> None:
     """SGLang's launcher imports the one before its arguments are there and its metrics have a place; not the other."""
-    place = place_with("sglang-0.5.23", "wheel")
-    assert json.loads(place.run(PROCESS, "engine", **ON).stdout) is False
+    installation = installed("sglang-0.5.23", "wheel")
+    assert json.loads(installation.run(PROCESS, "engine", **ON).stdout) is False
 
 
 @pytest.fixture(scope="module", params=RELEASES)
-def undone(request: pytest.FixtureRequest, place_with: Callable[..., Place]) -> dict[str, list[str]]:
+def undone(request: pytest.FixtureRequest, installed: Callable[..., Installation]) -> dict[str, list[str]]:
     """What activate() and deactivate() have changed in a process that had imported the stock connector."""
-    return json.loads(place_with(environment_with(request.param), "wheel").run(PROCESS, "undone").stdout)
+    return json.loads(installed(environment_with(request.param), "wheel").run(PROCESS, "undone").stdout)
 
 
 @pytest.mark.every_release

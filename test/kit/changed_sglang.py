@@ -7,7 +7,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from installation import sglang_folder
+from kit.releases import sglang_folder
 
 CONN = "srt/disaggregation/mooncake/conn.py"
 PACKAGE = "srt/disaggregation/mooncake/__init__.py"
@@ -30,7 +30,7 @@ class MooncakeKVManager("""
 @dataclasses.dataclass(frozen=True)
 class Build:
     """A build of SGLang: what is edited (file -> pattern, replacement), what our ERROR line must name as missing, and
-    what manager_process.py has to know about the names in it."""
+    what stock_manager.py has to know about the names in it."""
 
     edits: Mapping[str, Mapping[str, str]]
     missing: str

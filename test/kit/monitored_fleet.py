@@ -7,12 +7,14 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 
-import deployed
-from imposters import imposters
-from network import Network
-from node import PYTHON_FOLDER, Node
-from prometheus_server import PrometheusServer
 from sglang_failed_session_probe import SWITCH
+
+from kit import deployed
+from kit.imposters import imposters
+from kit.network import Network
+from kit.node import Node
+from kit.paths import PYTHON_FOLDER
+from kit.prometheus_server import PrometheusServer
 
 SHUT_PORTS = (20001, 20000)  # handshake and data
 METRICS_PORTS = range(9100, 9200)  # which no connection takes while a node is away
@@ -101,14 +103,3 @@ def faults(fleet: Fleet, network: Network, folder: pathlib.Path) -> Iterator[Non
         assert "Failed to send" in nodes["data_port_shut"].send_to(nodes["shut"])
         assert "Failed to send" in nodes["peer_stopped"].send_to(nodes["stopped"])
         yield
-
-
-def wait_until(what: Callable[[], bool], deadline_s: float, meanwhile: Callable[[], object] = lambda: None) -> bool:
-    """Looks four times a second, and does ``meanwhile`` each time; True if it came true in time."""
-    deadline = time.monotonic() + deadline_s
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        meanwhile()
-        time.sleep(0.25)
-    return True

@@ -1,4 +1,4 @@
-"""Where do contenders stand side by side? A Lane: decode nodes and a prefill node of each contender, one network."""
+"""Where do contenders stand side by side? A Cluster: decode nodes and a prefill node of each contender, one network."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import random
 import time
 from collections.abc import Iterator
 
-from imposters import imposters
-from network import Network
+from kit.imposters import imposters
+from kit.network import Network
 
-from bench.contenders import CONTENDERS, DECODE, Contender, Forkers, Manager
+from bench.contenders import CONTENDERS, DECODE, Contender, ForkServers, Manager
 
 HOST = "127.0.0.1"
 FIRST_PORT = 20000
@@ -72,15 +72,15 @@ class Decode:
         return self._network.rejected(self._data_port)
 
 
-class Lane:
+class Cluster:
     """Decode nodes, and a prefill node of each contender. All have met; nothing has happened yet."""
 
-    def __init__(self, forkers: Forkers, decodes: int = 1, contenders: list[Contender] = CONTENDERS) -> None:
+    def __init__(self, fork_servers: ForkServers, decodes: int = 1, contenders: list[Contender] = CONTENDERS) -> None:
         with contextlib.ExitStack() as started:
             self._network = started.enter_context(Network())
-            self.decodes = [self._decode(started, forkers, number) for number in range(decodes)]
+            self.decodes = [self._decode(started, fork_servers, number) for number in range(decodes)]
             self.prefills = {
-                contender.name: started.enter_context(Manager(forkers, contender, "prefill", self._network.path))
+                contender.name: started.enter_context(Manager(fork_servers, contender, "prefill", self._network.path))
                 for contender in contenders
             }
             for prefill in self.prefills.values():
@@ -89,10 +89,10 @@ class Lane:
                     assert first.how == "served", f"{prefill.name} has not served the first request: {first}"
             self._started = started.pop_all()
 
-    def _decode(self, started: contextlib.ExitStack, forkers: Forkers, number: int) -> Decode:
+    def _decode(self, started: contextlib.ExitStack, fork_servers: ForkServers, number: int) -> Decode:
         ports = FIRST_PORT + 2 * number, FIRST_PORT + 2 * number + 1
         between = {"MC_MIN_RPC_PORT": str(ports[0]), "MC_MAX_RPC_PORT": str(ports[1])}
-        manager = Manager(forkers, DECODE, "decode", self._network.path, **between)
+        manager = Manager(fork_servers, DECODE, "decode", self._network.path, **between)
         return Decode(started.enter_context(manager), self._network, ports)
 
     def blacklist(self, *sessions: str) -> None:
@@ -110,7 +110,7 @@ class Lane:
             self.blacklist(*sessions)
             yield
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -10,7 +10,7 @@ import socket
 import sys
 from typing import Any
 
-from network import RELAY_MARK
+from kit.network import RELAY_MARK
 
 
 async def relay(port: int, seconds: float) -> None:

@@ -22,10 +22,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import processes
+from kit import processes
+from kit.paths import PYTHONPATH
 
 MEMORY = int(os.environ.get("NODE_MEMORY", 1 << 20))
-PYTHON_FOLDER = pathlib.Path(__file__).resolve().parents[2] / "python"
 
 
 class Node:
@@ -49,7 +49,7 @@ class Node:
 
     def _start(self, ports: tuple[int, int] | None) -> None:
         variables = {
-            "PYTHONPATH": str(PYTHON_FOLDER),
+            "PYTHONPATH": PYTHONPATH,
             "MOONCAKE_PROTOCOL": "tcp",
             "MC_TRANSFER_TIMEOUT": "5",
             "SGLANG_ENABLE_FAILED_SESSION_PROBE": "1",
@@ -146,10 +146,7 @@ class Node:
 
     def stop(self) -> None:
         """SIGSTOP; when this returns, no thread runs any more."""
-        os.kill(self.process.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + 20
-        while not _stands_still(self.process.pid):  # kill() returns before all threads do
-            assert time.monotonic() < deadline, "a stopped process has a thread that runs"
+        processes.stop(self.process.pid)
 
     def go_on(self) -> None:
         """SIGCONT."""
@@ -191,20 +188,13 @@ class Node:
         self.kill()
 
 
-def _stands_still(pid: int) -> bool:
-    states = []
-    for stat in pathlib.Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):  # a thread that has ended
-            states.append(stat.read_text().rpartition(")")[2].split()[0])
-    return all(state == "T" for state in states)
-
-
 def serve(role: str, handshake_port: int) -> None:
     """The body of the process. `handshake_port` is the one it must have, 0: any."""
-    from faulty_engine import faulty_engine_of
     from prometheus_client import REGISTRY, start_http_server
     from sglang.srt.disaggregation.mooncake import session_states, session_watch
     from sglang.srt.disaggregation.mooncake.conn import KVTransferError, PeerMemory
+
+    from kit.faulty_engine import faulty_engine_of
 
     memory = (ctypes.c_char * MEMORY)()
     address = ctypes.addressof(memory)

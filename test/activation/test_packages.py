@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 
 import pytest
-from installation import CHECKOUT, environment
+from kit.releases import CHECKOUT, environment
 
 DEADLINE_S = 400
 

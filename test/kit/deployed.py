@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import re
 from typing import Any
 
-CHECKOUT = pathlib.Path(__file__).parents[2]
+from kit.paths import CHECKOUT
+
 DEPLOY = CHECKOUT / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 RECORDING = DEPLOY / "prometheus" / "recording.yml"

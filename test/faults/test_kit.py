@@ -11,20 +11,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import network as network_module
-import processes
 import pytest
-from imposters import imposters
-from network import Network, why_no_network
-from node import Node
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from kit import network as network_module
+from kit import processes
+from kit.imposters import imposters
+from kit.network import Network, why_no_network
+from kit.node import Node
+from kit.paths import CHECKOUT, PYTHONPATH
 
 A_RUN_WITH_EVERYTHING = """
 import os, pathlib, signal
-from imposters import imposters
-from network import Network
-from node import Node
+from kit.imposters import imposters
+from kit.network import Network
+from kit.node import Node
 
 def test_that_never_ends(tmp_path):
     with (
@@ -57,11 +56,10 @@ def processes_in(namespace: int) -> list[int]:
 def test_a_test_run_that_is_killed_leaves_no_process_and_no_namespace(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "test_killed.py"
     file.write_text(A_RUN_WITH_EVERYTHING)
-    paths = os.pathsep.join([str(ROOT / "test" / "faults"), str(ROOT / "python")])
     pytest_run = processes.start(
         [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(file)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "TMPDIR": str(tmp_path)},
     )
     left: list[int] = []
     try:
@@ -190,7 +188,9 @@ def test_the_report_of_the_faults_becomes_a_table(
         "served_after_s": 1.5,
     }
 
-    assert processes.run([sys.executable, str(ROOT / "tools" / "fault_table.py"), str(report)]).splitlines()[2:] == [
+    assert processes.run([sys.executable, str(CHECKOUT / "tools" / "fault_table.py"), str(report)]).splitlines()[
+        2:
+    ] == [
         r"| gone | a\|b | 1 | 0 | never | never |",
         "| stands still | SIGSTOP | 3 | 3 | 1.50 s | 9.00 s |",
     ]

@@ -1,18 +1,15 @@
-"""Which releases are tested, and where do their environments and our wheel come from? For test/doors too."""
+"""Which releases are tested, and where do their environments and our wheel come from?"""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import subprocess
-import sys
 
+import environment
 import pytest
 
-CHECKOUT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(CHECKOUT / "tools"))
-
-import environment  # noqa: E402
+from kit.paths import CHECKOUT
 
 # From the oldest that has the blacklist to the newest; `make matrix` takes more.
 RELEASES = os.environ.get("SGLANG_RELEASES", "0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23").split()

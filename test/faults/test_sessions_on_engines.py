@@ -11,7 +11,8 @@ import sys
 import time
 from typing import Any
 
-from node import PYTHON_FOLDER, Node
+from kit.node import Node
+from kit.paths import PYTHON_FOLDER
 
 
 def sessions(*schedulers: Node) -> dict[tuple[int, str], dict[str, Any]]:
