@@ -1,4 +1,4 @@
-"""What does a client see of each request, while two a second go to a router?"""
+"""What does a client see of each request, while so many a second go to a router?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import threading
 import time
 
-PAUSE_S = 0.5  # between two requests
 DEADLINE_S = 90.0
 BODY = {
     "input_ids": [5, 6, 7, 8, 9, 10],
@@ -28,10 +27,10 @@ class Request:
 
 
 class Clients:
-    """Sends two requests a second to a router, from begin() to stop(), whatever becomes of those before."""
+    """Sends requests to a router, from begin() to stop(), whatever becomes of those before."""
 
-    def __init__(self, port: int, streaming: bool) -> None:
-        self._port, self._streaming = port, streaming
+    def __init__(self, port: int, streaming: bool, per_s: float = 2.0) -> None:
+        self._port, self._streaming, self._pause_s = port, streaming, 1 / per_s
         self._requests: list[Request] = []  # appended to by many threads
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -66,7 +65,7 @@ class Clients:
             )
             self._threads.append(thread)
             thread.start()
-            due += PAUSE_S
+            due += self._pause_s
 
 
 def ask(port: int, streaming: bool) -> Request:

@@ -1,4 +1,4 @@
-"""How is a decode node cut off, so that every transfer to it fails, without a rule in anybody else's network?
+"""How is a decode node cut off, without a rule in anybody else's network?
 
 All of it runs in a network namespace of this process's own: it is gone with the last process in it, the rules too.
 """
@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from demo.processes import Failure, uninterrupted
 
@@ -35,13 +35,15 @@ def own_network() -> None:
 
 
 @contextlib.contextmanager
-def cut_off(scheduler: int) -> Iterator[None]:
-    """Reject, while the block runs, what is sent to Mooncake's ports of the scheduler with this pid."""
+def cut_off(scheduler: int, dropped: bool = False, others: Sequence[int] = ()) -> Iterator[None]:
+    """Reject or drop, while the block runs, what is sent to Mooncake's ports of the scheduler with this pid, and to the
+    `others`.
+    """
     ports = mooncake_ports(_run("ss", "-ltnpH"), scheduler)
     if not ports:
         raise Failure(f"process {scheduler} listens on none of Mooncake's ports")
-    match = ["-i", "lo", "-p", "tcp", "-m", "multiport", "--dports", ",".join(map(str, ports))]
-    rule = ["INPUT", *match, "-j", "REJECT", "--reject-with", "tcp-reset"]
+    match = ["-i", "lo", "-p", "tcp", "-m", "multiport", "--dports", ",".join(map(str, [*ports, *others]))]
+    rule = ["INPUT", *match, "-j", *(["DROP"] if dropped else ["REJECT", "--reject-with", "tcp-reset"])]
     with contextlib.ExitStack() as stack:
         with uninterrupted():
             _run("iptables", "-I", *rule)

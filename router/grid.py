@@ -14,6 +14,7 @@ FLAGS = {
     (ADVISED := "retries, breaker 1 s"): [*RETRIES, "--cb-timeout-duration-secs", "1"],
     (TWO := "retries, breaker 2 s"): [*RETRIES, "--cb-timeout-duration-secs", "2"],
     (OFF := "retries, breaker off"): [*RETRIES, "--disable-circuit-breaker"],
+    (THRESHOLD := "retries, threshold 1000"): [*RETRIES, "--cb-failure-threshold", "1000"],
     (HEALTH := "retries, breaker 1 s, health 5 s"): [
         *RETRIES,
         *("--cb-timeout-duration-secs", "1"),
@@ -31,9 +32,10 @@ class Cell:
     streaming: bool = False
     patch: bool = True
     version: str = NEW
+    per_s: float = 2.0
 
     def __str__(self) -> str:
-        requests = "streaming" if self.streaming else "plain"
+        requests = f"{self.per_s:g} {'streaming' if self.streaming else 'plain'} a second"
         patch = "" if self.patch else ", without the patch"
         return f"router {self.version}, {self.flags}, {self.decodes} decode, {requests}{patch}"
 
@@ -42,12 +44,14 @@ class Cell:
 class Trial:
     """One fault, seen through several routers at once, each of them before a prefill node of its own.
 
-    `fault_s`: so long is the first decode node cut off; None: it is killed for good. Watched for `watch_s` after it.
+    `how`: what is sent to the first decode node's ports of Mooncake is "rejected" or "dropped" for `fault_s`. Or, for
+    good, the node is "killed" or "vanishes": what is sent to any of its ports is dropped. Watched for `watch_s` after.
     """
 
     fault_s: float | None
     watch_s: float
     cells: tuple[Cell, ...]
+    how: str = "rejected"
 
 
 def placed(trial: Trial) -> dict[Cell, str]:
@@ -62,8 +66,8 @@ def prefills(trials: Sequence[Trial]) -> dict[str, bool]:
 
 
 # Each round has servers of its own, and takes ten minutes at most. A prefill node without the patch refuses the first
-# decode node from the first fault on, so it is of use only once. A decode node that was killed is not started again, so
-# that is the last trial of a round.
+# decode node from the first fault on, so it is of use only once. A decode node that was killed, or has vanished, does
+# not come back, so that is the last trial of a round.
 ROUNDS: list[list[Trial]] = [
     [
         Trial(9, 65, (Cell("defaults"), Cell("defaults", 2))),
@@ -83,14 +87,22 @@ ROUNDS: list[list[Trial]] = [
         Trial(9, 15, (Cell(ADVISED), Cell(ADVISED, 2))),
         Trial(9, 65, (Cell("defaults", version=OLD), Cell("defaults", 2, True, version=OLD))),
         Trial(9, 15, (Cell(ADVISED, version=OLD), Cell(ADVISED, 2, version=OLD))),
-        Trial(None, 40, (Cell(HEALTH, 2), Cell(HEALTH, 2, True))),
+        Trial(None, 40, (Cell(HEALTH, 2), Cell(HEALTH, 2, True)), "killed"),
     ],
     [
         Trial(9, 40, (Cell("defaults", 2, True), Cell("defaults", 2, True, patch=False))),
         Trial(40, 15, (Cell(TWO), Cell(ADVISED))),
-        Trial(None, 30, (Cell("defaults", 2), Cell("defaults", 2, True))),
+        Trial(None, 30, (Cell("defaults", 2), Cell("defaults", 2, True)), "killed"),
     ],
-    [Trial(None, 30, (Cell(ADVISED), Cell(ADVISED, 2)))],
+    [Trial(None, 30, (Cell(ADVISED), Cell(ADVISED, 2)), "killed")],
+    [
+        Trial(9, 15, (Cell(THRESHOLD),)),
+        Trial(9, 15, (Cell(ADVISED, per_s=10),)),
+        Trial(9, 15, (Cell(OFF, per_s=10),)),
+        Trial(9, 15, (Cell(ADVISED, 2, per_s=10),)),
+        Trial(9, 30, (Cell(ADVISED), Cell("defaults", 2, True)), "dropped"),
+        Trial(None, 40, (Cell(HEALTH, 2), Cell("defaults", 2, True)), "vanishes"),
+    ],
 ]
 QUICK: list[list[Trial]] = [
     [

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from demo.processes import Failure
 from demo.scenario import Report
@@ -27,6 +27,7 @@ class Seen:
     """What a trial has shown of one of its cells. `attempts`: so many requests the router sent to prefill."""
 
     cell: Cell
+    how: str
     fault_s: float | None
     watch_s: float
     attempts: int
@@ -51,7 +52,7 @@ def play(
                 stock_router.running(router(cell.version), FLAGS[cell.flags], prefills[cell], behind, log)
             )
         stock_router.wait_until_ready(routers.values(), report)
-        traffic = {cell: Clients(each.port, cell.streaming) for cell, each in routers.items()}
+        traffic = {cell: Clients(each.port, cell.streaming, cell.per_s) for cell, each in routers.items()}
         attempts = {cell: _attempts(prefills[cell]) for cell in trial.cells}
         for each in traffic.values():
             each.begin()
@@ -60,10 +61,16 @@ def play(
         if lost := [each.said for clients in traffic.values() for each in clients.requests() if not each.served]:
             raise Failure(f"a request failed before the fault: {lost[0]}", logs / "router-0.log")
         began = time.monotonic()
-        with _fault(trial.fault_s, decodes[DECODES[0]], report):
-            watch.wait(trial.fault_s or 0.0, f"{DECODES[0]} is cut off")
-        healed = began if trial.fault_s is None else time.monotonic()
-        report.event(DECODES[0], "killed, for good" if trial.fault_s is None else "can be reached again")
+        if trial.fault_s is None:
+            _lose(decodes[DECODES[0]], trial.how, stack)
+            healed = began
+            report.event(DECODES[0], f"{trial.how}, for good")
+        else:
+            report.event(DECODES[0], f"for {trial.fault_s:g} s what is sent to its Mooncake ports is {trial.how}")
+            with cut_off(decodes[DECODES[0]].scheduler(), trial.how == "dropped"):
+                watch.wait(trial.fault_s, f"{DECODES[0]} is cut off")
+            healed = time.monotonic()
+            report.event(DECODES[0], "can be reached again")
         watch.wait(trial.watch_s, "after it")
         ended = time.monotonic()
         for each in traffic.values():
@@ -73,6 +80,7 @@ def play(
         seen = [
             Seen(
                 cell,
+                trial.how,
                 trial.fault_s,
                 trial.watch_s,
                 _attempts(prefills[cell]) - attempts[cell],
@@ -85,15 +93,11 @@ def play(
     return seen
 
 
-@contextlib.contextmanager
-def _fault(seconds: float | None, decode: Server, report: Report) -> Iterator[None]:
-    if seconds is None:
+def _lose(decode: Server, how: str, stack: contextlib.ExitStack) -> None:
+    if how == "killed":
         decode.process.kill()
-        yield
-        return
-    with cut_off(decode.scheduler()):
-        report.event(DECODES[0], f"cut off for {seconds:g} s: what is sent to its Mooncake ports is rejected")
-        yield
+    else:
+        stack.enter_context(cut_off(decode.scheduler(), dropped=True, others=[decode.port, decode.bootstrap]))
 
 
 class _Watch:

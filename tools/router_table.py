@@ -24,33 +24,34 @@ def table(lines: list[str]) -> str:
 
 
 def row(seen: dict[str, Any]) -> str:
-    cell, tally, killed = seen["cell"], seen["tally"], seen["fault_s"] is None
+    cell, tally, for_good = seen["cell"], seen["tally"], seen["fault_s"] is None
+    often = "" if cell["per_s"] == 2 else f", {cell['per_s']:g} a second"
     cells = [
-        "killed" if killed else f"{seen['fault_s']:g} s",
-        f"{cell['decodes']}, {'streaming' if cell['streaming'] else 'plain'}",
+        seen["how"] if for_good else f"{seen['fault_s']:g} s{', dropped' if seen['how'] == 'dropped' else ''}",
+        f"{cell['decodes']}, {'streaming' if cell['streaming'] else 'plain'}{often}",
         f"{cell['version']}, {cell['flags']}{'' if cell['patch'] else ', **without the patch**'}",
         f"{tally['failed']} of {tally['requests']}",
-        last_failure(tally["last_failure_s"], tally["over"], seen["watch_s"], killed),
+        last_failure(tally["last_failure_s"], tally["over"], seen["watch_s"], for_good),
         f"{tally['slowest_served_s']:.1f} s",
         f"{tally['slowest_failed_s']:.1f} s" if tally["failed"] else "-",
         f"{seen['attempts'] / tally['requests']:.1f}",
-        "-" if killed else "not seen" if tally["again_s"] is None else f"{tally['again_s']:.1f} s",
+        "-" if for_good else "not seen" if tally["again_s"] is None else f"{tally['again_s']:.1f} s",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def last_failure(after_s: float | None, over: bool, watch_s: float, killed: bool) -> str:
+def last_failure(after_s: float | None, over: bool, watch_s: float, for_good: bool) -> str:
     if not over:
         return f"not over after {watch_s:g} s"
     if after_s is None:
         return "-"
-    return f"{after_s:.1f} s{' (after the kill)' if killed else ''}"
+    return f"{after_s:.1f} s{' (after it)' if for_good else ''}"
 
 
 def _order(seen: dict[str, Any]) -> tuple[Any, ...]:
     cell = seen["cell"]
     fault = (seen["fault_s"] is None, seen["fault_s"] or 0)
-    return (cell["patch"], cell["version"] != "0.3.2", *fault, cell["streaming"], cell["decodes"])
+    return (cell["patch"], cell["version"] != "0.3.2", *fault, seen["how"], cell["streaming"], cell["decodes"])
 
 
 def write(page: pathlib.Path, lines: list[str]) -> None:

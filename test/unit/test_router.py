@@ -63,11 +63,11 @@ def test_an_answer_names_the_decode_node_that_gave_it() -> None:
     assert clients.judged(200, f"data: {event(ABORTED, 'decode-1')}\n", streaming=True)[2] == "decode-1"
 
 
-def test_two_requests_a_second_are_sent_though_none_is_answered() -> None:
+def test_so_many_requests_a_second_are_sent_though_none_is_answered() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        traffic = clients.Clients(silent.getsockname()[1], streaming=False)
+        traffic = clients.Clients(silent.getsockname()[1], streaming=False, per_s=5)
         traffic.begin()
-        time.sleep(2.2 * clients.PAUSE_S)
+        time.sleep(2.2 / 5)
         assert traffic.on_their_way() == 3
         assert traffic.requests() == []
         traffic.stop()
@@ -185,7 +185,7 @@ def test_no_trial_is_played_on_servers_that_an_earlier_one_has_spoilt(rounds: li
             assert len(set(grid.placed(each).values())) == len(each.cells), "two routers before one prefill node"
 
 
-LIKE = {"flags": "defaults", "decodes": 2, "streaming": True, "patch": True, "version": "0.3.2"}
+LIKE = {"flags": "defaults", "decodes": 2, "streaming": True, "patch": True, "version": "0.3.2", "per_s": 2.0}
 COUNTED = {
     "requests": 200,
     "failed": 7,
@@ -200,7 +200,9 @@ COUNTED = {
 
 def line(fault_s: float | None = 9, patch: bool = True, **tally: object) -> str:
     cell = {**LIKE, "patch": patch}
-    return json.dumps({"cell": cell, "fault_s": fault_s, "watch_s": 40, "attempts": 250, "tally": {**COUNTED, **tally}})
+    how = "killed" if fault_s is None else "rejected"
+    seen = {"cell": cell, "how": how, "fault_s": fault_s, "watch_s": 40, "attempts": 250}
+    return json.dumps({**seen, "tally": {**COUNTED, **tally}})
 
 
 def test_a_row_says_what_was_lost_and_what_it_cost() -> None:
