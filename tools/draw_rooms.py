@@ -51,7 +51,7 @@ def top_down() -> list[str]:
     return [*graphlib.TopologicalSorter(graph).static_order()][::-1]
 
 
-def room(module: str) -> str:
+def short(module: str) -> str:
     return module.split(".")[-1]
 
 
@@ -59,15 +59,18 @@ def rooms(modules: list[str], beside: list[str], *more: str) -> str:
     """A picture of these modules, and an arrow to each that they import, of these and of those ``beside``."""
     lines = ["```mermaid", "flowchart TD"]
     for module in modules:
-        imported = [room(other) for other in modules + beside if other in IMPORTS[module]]
-        lines.append(f"    {room(module)}" + (" --> " + " & ".join(imported) if imported else ""))
+        imported = [short(other) for other in modules + beside if other in IMPORTS[module]]
+        lines.append(f"    {short(module)}" + (" --> " + " & ".join(imported) if imported else ""))
     return "\n".join([*lines, *more, "```"])
 
 
+def class_body(file: pathlib.Path, name: str) -> list[ast.stmt]:
+    classes = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef))
+    return next(node.body for node in classes if node.name == name)
+
+
 def methods_of(file: pathlib.Path, class_name: str) -> list[ast.FunctionDef]:
-    (found,) = (node for node in ast.parse(file.read_text()).body if getattr(node, "name", "") == class_name)
-    assert isinstance(found, ast.ClassDef)
-    return [node for node in found.body if isinstance(node, ast.FunctionDef)]
+    return [node for node in class_body(file, class_name) if isinstance(node, ast.FunctionDef)]
 
 
 def calls_in(method: ast.FunctionDef) -> list[tuple[str, list[str]]]:
@@ -88,7 +91,7 @@ def decisions() -> dict[str, list[str]]:
 
 def events() -> dict[str, list[str]]:
     """Which methods of the watch tell each event."""
-    names = re.findall(r"^    ([A-Z_]+) = ", WATCH.read_text(), re.MULTILINE)
+    names = [ast.unparse(node.targets[0]) for node in class_body(WATCH, "Event") if isinstance(node, ast.Assign)]
     told = [
         (arguments[0], method.name)
         for method in methods_of(WATCH, "SessionWatch")
@@ -102,12 +105,12 @@ def parts() -> dict[str, str]:
     """What is drawn, by the name of its place in the page."""
     ours = [module for module in top_down() if module.startswith("sglang.")]
     package = [module for module in top_down() if not module.startswith("sglang.")]
-    patched = sorted({room(module) for module, _ in PATCHED.values()})
-    used = {other: [room(module) for module in ours if other in IMPORTS[module]] for other in package}
+    patched = sorted({short(module) for module, _ in PATCHED.values()})
+    used = {other: [short(module) for module in ours if other in IMPORTS[module]] for other in package}
     return {
         "rooms": rooms(ours, []),
         "package": rooms(package, ours, f"    patch -. runs .-> {' & '.join(patched)}"),
-        "used": "\n".join(f"- `{room(other)}`: {listed(users)}" for other, users in used.items() if users),
+        "used": "\n".join(f"- `{short(other)}`: {listed(users)}" for other, users in used.items() if users),
         "decisions": table("method of `Session`", "what it may decide", decisions()),
         "events": table("event", "method of `SessionWatch` that tells it", events()),
     }

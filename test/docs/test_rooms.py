@@ -45,7 +45,7 @@ def asked_first() -> dict[tuple[str, str], list[str]]:
 ASKED_FIRST = asked_first()
 
 
-def test_rooms_imports_decisions_and_events_are_drawn_as_they_are() -> None:
+def test_modules_imports_decisions_and_events_are_drawn_as_they_are() -> None:
     assert draw_rooms.drawn(ROOMS) == ROOMS, "run tools/draw_rooms.py, and see whether that is the way it should be"
 
 
@@ -55,7 +55,7 @@ def test_no_import_leads_back() -> None:
 
 @pytest.mark.parametrize("module", [module for module in draw_rooms.FILES if module.startswith("sglang.")])
 def test_how_it_works_says_which_question_a_file_of_ours_answers(module: str) -> None:
-    assert f"`{draw_rooms.room(module)}.py`" in HOW_IT_WORKS
+    assert f"`{draw_rooms.short(module)}.py`" in HOW_IT_WORKS
 
 
 def test_a_session_goes_only_ways_that_the_code_knows() -> None:
