@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-SWITCH = "SGLANG_ENABLE_FAILED_SESSION_PROBE"
+from python.sglang_failed_session_probe import SWITCH
 
 
 def node_variables(feature: bool | None) -> dict[str, str]:

@@ -35,7 +35,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Optional
 
-from sglang_failed_session_probe import ON_WORDS, SWITCH, patch_points, table
+from sglang_failed_session_probe import ON_WORDS, SWITCH, mooncake_wheels, patch_points, table
+from sglang_failed_session_probe.mooncake_wheels import (
+    FIRST_MOONCAKE_THAT_ANSWERS,
+    FIRST_MOONCAKE_WITH_BOUND,
+    FIRST_MOONCAKE_WITH_PROBE,
+)
 from sglang_failed_session_probe.own_files import ENVIRON, file_of, load_settings
 from sglang_failed_session_probe.patch_points import ON_BY_DEFAULT, PatchPoints
 
@@ -48,9 +53,6 @@ _INSTALL = "pip install sglang_failed_session_probe-*.whl"
 _REINSTALL = "pip install --force-reinstall --no-deps sglang_failed_session_probe-*.whl"
 
 _FIRST_SGLANG_WITH_BLACKLIST = "0.4.7"
-_FIRST_MOONCAKE_THAT_ASKS = "0.3.11"
-_FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
-_FIRST_MOONCAKE_WITH_BOUND = "0.3.12"
 # Debian calls the package of libnuma.so.1 libnuma1, and so on.
 _MOONCAKE_LIBRARIES = ("libibverbs.so.1", "librdmacm.so.1", "libnuma.so.1", "libcurl.so.4")
 _CHILD_DEADLINE_S = 20.0
@@ -252,7 +254,7 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
     engine = json.loads(answers[0]) if answers else _how_it_ended(child)
     if folder is None or not any(folder.glob("engine*")):
         finding = "Mooncake is not installed" if folder is None else f"{folder} has no engine"
-        do = f"install the wheel of Mooncake for this machine, {_FIRST_MOONCAKE_THAT_ASKS} or later"
+        do = f"install the wheel of Mooncake for this machine, {FIRST_MOONCAKE_WITH_PROBE} or later"
         return None, [Line("error", "Mooncake", finding, do, _STOPS)]
     wheels = _wheels_in(folder)
     wheel = _wheel_of_engine(wheels)
@@ -271,7 +273,8 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
             "over TCP, a burst of more than 1,024 blocks overflows this Mooncake's queue to a decode node, which then "
             "may not be reached any more until this node is started anew"
         )
-        do = "set MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535, or install Mooncake 0.3.14 or later"
+        safe = mooncake_wheels.FIRST_MOONCAKE_WITH_SAFE_QUEUE
+        do = f"set {mooncake_wheels.LONG_QUEUE}, or install Mooncake {safe} or later"
         lines.append(Line("warning", "queue", finding, do))
     lines += map(_tent_line, map(json.loads, answers[2:]))
     return str(wheel) if wheel else None, lines
@@ -314,11 +317,10 @@ class _Wheel:
 
 def _wheels_in(folder: pathlib.Path) -> list[_Wheel]:
     """The installed wheels that have brought an engine into this folder."""
-    wheels = []
-    for installed in sorted(folder.parent.glob("*mooncake*.dist-info")):
-        name, release = installed.stem.rsplit("-", 1)  # its METADATA may be unreadable
-        files = _files_of(importlib.metadata.Distribution.at(installed))
-        wheels.append(_Wheel(name.replace("_", "-"), release, files))
+    installed = mooncake_wheels.wheels_beside(folder)
+    wheels = [
+        _Wheel(name, release, _files_of(importlib.metadata.Distribution.at(at))) for name, release, at in installed
+    ]
     return [wheel for wheel in wheels if any(map(_is_engine, wheel.files))]
 
 
@@ -356,18 +358,18 @@ def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
 def _release_line(wheel: Optional[_Wheel], engine: Any, environment: Mapping[str, str]) -> Line:
     name = str(wheel or "Mooncake of unknown release")
     release = wheel.release if wheel else "0"
-    can_probe = engine if isinstance(engine, bool) else _at_least(release, _FIRST_MOONCAKE_THAT_ASKS)
+    can_probe = engine if isinstance(engine, bool) else _at_least(release, FIRST_MOONCAKE_WITH_PROBE)
     if not can_probe:
-        answers = _at_least(release, _FIRST_MOONCAKE_THAT_ANSWERS)
+        answers = _at_least(release, FIRST_MOONCAKE_THAT_ANSWERS)
         finding = f"{name} cannot send probes (it {'answers them' if answers else 'does not answer them either'})"
         do = (
-            f"install Mooncake {_FIRST_MOONCAKE_THAT_ASKS} or later on the prefill nodes, "
-            f"{_FIRST_MOONCAKE_THAT_ANSWERS} or later on the decode nodes"
+            f"install Mooncake {FIRST_MOONCAKE_WITH_PROBE} or later on the prefill nodes, "
+            f"{FIRST_MOONCAKE_THAT_ANSWERS} or later on the decode nodes"
         )
         return Line("error", "Mooncake", finding, do)
-    if wheel and not _at_least(release, _FIRST_MOONCAKE_WITH_BOUND):
+    if wheel and not _at_least(release, FIRST_MOONCAKE_WITH_BOUND):
         finding = f"{name} sends and answers probes; where packets are dropped it waits two minutes to connect"
-        return Line("warning", "Mooncake", finding, f"install {_FIRST_MOONCAKE_WITH_BOUND} or later")
+        return Line("warning", "Mooncake", finding, f"install {FIRST_MOONCAKE_WITH_BOUND} or later")
     bound = environment.get("MC_HANDSHAKE_CONNECT_TIMEOUT") or "5"
     return Line("ok", "Mooncake", f"{name}: sends and answers probes, gives up connecting after {bound} s")
 
@@ -400,12 +402,11 @@ def _engine_line(engine: Any, wheel: Optional[_Wheel]) -> Line:
 
 def _tent_line(why_no_probe: str) -> Line:
     """What it means that Mooncake runs on TENT. ``why_no_probe``: what a probe did there, if that was no good."""
-    subject, unset = "TENT", "unset MC_USE_TENT and MC_USE_TEV1"
     if why_no_probe:
         finding = f"Mooncake runs on TENT, where a probe {why_no_probe}: nothing is probed"
-        return Line("error", subject, finding, f"{unset}, or install a Mooncake with its PR 4081 (September 2026)")
+        return Line("error", "TENT", finding, mooncake_wheels.LEAVE_TENT)
     finding = "Mooncake runs on TENT, whose reads are not safe: sessions are let in when they answer probes"
-    return Line("warning", subject, finding, f"{unset}, if TENT is not needed")
+    return Line("warning", "TENT", finding, f"{mooncake_wheels.UNSET_TENT}, if TENT is not needed")
 
 
 def _loads(library: str) -> bool:

@@ -47,7 +47,7 @@ class _NewModules(importlib.abc.MetaPathFinder):
         return None
 
 
-class _Patch:
+class Patch:
     """All that was changed in this process, so that it can be taken back."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class _Patch:
 
 _ABSENT = object()
 _new_modules = _NewModules()
-_patch: Optional[_Patch] = None
+_patch: Optional[Patch] = None
 
 
 def install() -> None:
@@ -99,7 +99,7 @@ def install() -> None:
     global _patch
     if _patch is not None:
         return
-    _patch = _Patch()
+    _patch = Patch()
     sys.meta_path.append(_new_modules)
     for name in PATCHED:
         wrapt.register_post_import_hook(_change, name)

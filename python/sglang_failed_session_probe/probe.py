@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import os
 import socket
@@ -162,13 +161,17 @@ def what_next(answer: Answer) -> str:
 
 
 def _verify(engine: Any, session: str, address: int) -> bool:
-    from sglang.srt.disaggregation.mooncake.session_probe import READ_BYTES, READS_AT_A_TIME, MemoryReader, ask
-    from sglang.srt.disaggregation.mooncake.session_states import TRANSFER_TIMEOUT_S, Verdict
+    from sglang.srt.disaggregation.mooncake.session_probe import (
+        READ_BYTES,
+        READS_AT_A_TIME,
+        MemoryReader,
+        ask,
+        transfer_timeout_s,
+    )
+    from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
-    # Reads whose packets are dropped are pending: they are given up as Mooncake gives up a transfer.
-    ends_within_s = TRANSFER_TIMEOUT_S
-    with contextlib.suppress(ValueError):  # as Mooncake, which takes its default then
-        ends_within_s = float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
+    # Reads whose packets are dropped stay pending: they are given up when Mooncake would give up a transfer.
+    ends_within_s = transfer_timeout_s()
     reader = MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
 
     def read() -> tuple[Any, str]:

@@ -15,7 +15,7 @@ import urllib.parse
 import urllib.request
 from typing import Optional
 
-from sglang_failed_session_probe import table
+from sglang_failed_session_probe import SWITCH, table
 from sglang_failed_session_probe.printable import printable, printable_repr
 
 DEFAULT_URL = "http://127.0.0.1:30000/metrics"
@@ -26,7 +26,7 @@ APART_S = 1.0
 _OURS = "sglang:failed_session"
 _PROBES = f"{_OURS}_probes_total"
 _OUTAGE = f"{_OURS}_outage_duration_seconds"
-_SWITCH_ON = "set SGLANG_ENABLE_FAILED_SESSION_PROBE=1 there, and ask `sglang-failed-session-probe doctor`"
+_SWITCH_ON = f"set {SWITCH}=1 there, and ask `sglang-failed-session-probe doctor`"
 _BEYOND_COUNTING = 1e15
 
 

@@ -299,7 +299,7 @@ def test_two_threads_that_find_the_same_thing_missing_say_it_once(caplog: pytest
     """The native probe's thread and the constructor may look at the same time."""
     both_looked = threading.Barrier(2)
 
-    class Patch(patch._Patch):
+    class Patch(patch.Patch):
         @property
         def active(self) -> bool:
             found = self.is_active

@@ -729,7 +729,7 @@ def peer(reply: Optional[bytes]) -> Iterator[str]:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_probe, "_CUT_SHORT_WITHIN_S", 0.25)
+    monkeypatch.setattr(session_probe, "REFUSED_WITHIN_S", 0.25)
 
 
 @pytest.mark.usefixtures("soon")

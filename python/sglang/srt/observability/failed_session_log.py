@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.disaggregation.mooncake import session_probe, session_watch
 from sglang.srt.disaggregation.mooncake.session_watch import Event
+from sglang_failed_session_probe import mooncake_wheels
 from sglang_failed_session_probe.harmless_logger import logger
 from sglang_failed_session_probe.printable import printable_repr
 
@@ -126,7 +127,7 @@ class FailedSessionLog:
             "quoted_session": printable_repr(session),
             "until": self._until,
             "other_cause": self._other_cause,
-            "first_that_answers": session_probe.FIRST_MOONCAKE_THAT_ANSWERS,
+            "first_that_answers": mooncake_wheels.FIRST_MOONCAKE_THAT_ANSWERS,
             "traceback": details.get("error", "").splitlines(),
         }
         self._say(_LINES[event], fields)
@@ -139,7 +140,7 @@ class FailedSessionLog:
             return ""
         return (
             ". It may also be Mooncake's queue to it that is stuck since a burst of more than 1,024 blocks: set "
-            "MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER=65535 and start this node anew"
+            f"{mooncake_wheels.LONG_QUEUE} and start this node anew"
         )
 
     def probe_raised(self, session: str, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""MooncakeKVManager: how does it start, run and stop the daemon thread that asks blacklisted sessions?
+"""MooncakeKVManager: how does it start, run and stop the daemon thread that probes blacklisted sessions?
 
 Beside SGLang this file runs at the end of SGLang's own ``conn`` and changes its class in place. Alone it is the
 smallest manager that sends blocks over a Mooncake engine, blacklists and recovers.
@@ -36,16 +36,9 @@ from sglang_failed_session_probe.harmless_logger import logger as _probe_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Optional, Protocol
+    from typing import Any, Optional
 
-    class _Patch(Protocol):
-        """What puts this file into SGLang, as far as it is used here."""
-
-        active: bool
-
-        def replace(self, owner: Any, name: str, value: object) -> None: ...
-        def give_up(self, missing: str) -> None: ...
-        def sglang_version(self) -> str: ...
+    from sglang_failed_session_probe.patch import Patch
 
 
 if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has its own
@@ -53,46 +46,34 @@ if "FAILED_SESSION_RECOVERIES" not in globals():  # from 0.5.13 on SGLang has it
 
 _PROBE_THREAD = "MooncakeFailedSessionProbe"
 _WORKER_THREAD = "MooncakeSessionWorker"
-# At a stop: how long calls that are about to return are waited for (a live peer takes 0.5 ms), and until when those
-# that hang have been ended (12 ms, all together).
+# A stop first waits so long for calls that are about to return (a live peer answers in 0.5 ms), then ends those that
+# hang (all together take 12 ms) until it has taken so long.
 _STOP_GRACE_S = 0.1
 _STOP_WITHIN_S = 0.35
 # Where many are blacklisted, answers that come within so long are taken in together: each round costs 0.1 ms.
 _TOGETHER_S = 0.01
 _TOGETHER_S_PER_SESSION = 0.0001
-# Answers handed over in one hold of session_lock, which is to take microseconds.
+# So many answers at most are handed over in one hold of session_lock, so that it takes microseconds.
 _ANSWERS_AT_A_TIME = 32
 # What a prefill manager must have, and of which kind.
 _NEEDED = {"engine": object, "failed_sessions": set, "session_failures": dict}
-# After a fault of our own.
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
 _LONGEST_WAIT_S = 3600.0
-# A probe that is refused comes back in under a millisecond.
-_REFUSED_WITHIN_S = 1.0
 
 
 class _ProbeShutdown(threading.Event):
-    """The event that stops the loop. The loop waits for its inbox alone, so setting it puts a message there."""
+    """The event that stops the loop. The loop waits for its inbox alone, so ``set`` puts a message there."""
 
     _inbox: queue.SimpleQueue[Any]
 
-    @classmethod
-    def of(cls, event: threading.Event, inbox: queue.SimpleQueue[Any]) -> _ProbeShutdown:
-        """Makes the event itself one of these, because somebody may hold it already and set it later."""
-        event._inbox = inbox  # type: ignore[attr-defined]
-        event.__class__ = cls
-        assert isinstance(event, _ProbeShutdown)
-        return event
-
     def set(self) -> None:
-        """Stops the loop. Any thread."""
         super().set()
         self._inbox.put(None)
 
 
 class _FailedSessionProber:
-    """Carries calls from the watch over one prefill manager's sessions to the peers, and their answers back."""
+    """Makes the calls that the watch over one prefill manager's sessions wants, and tells it the answers."""
 
     # Learnt in this process: reading a peer's memory proves nothing on its transport.
     reads_prove_nothing = False
@@ -115,9 +96,10 @@ class _FailedSessionProber:
         self._file = _session_file.SessionsFile(_rank(manager), self._can_probe)
         self.metrics = _session_metrics.FailedSessionMetrics()
         self._fault_said = False
-        self.shutdown = _ProbeShutdown.of(
-            getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event(), self._inbox
-        )
+        # The manager's event itself becomes a _ProbeShutdown: somebody may hold it already and set it later.
+        shutdown: Any = getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event()
+        shutdown._inbox, shutdown.__class__ = self._inbox, _ProbeShutdown
+        self.shutdown: threading.Event = shutdown
         self.watch = _session_watch.SessionWatch(
             settings,
             manager.failed_sessions,
@@ -125,7 +107,7 @@ class _FailedSessionProber:
             on_removed=lambda session: manager.session_failures.pop(session, None),
             registration=lambda session: _registration(manager, session),
             registered=lambda: getattr(manager, "decode_kv_args_table", ()),
-            transfer_timeout_s=_transfer_timeout_s(),
+            transfer_timeout_s=_session_probe.transfer_timeout_s(),
         )
         _probers.add(self)
         _register_hooks()
@@ -145,9 +127,8 @@ class _FailedSessionProber:
                 workers.release_idle(keep=0 if wait_s is None else self._settings.concurrency)
                 if wait_s is None:
                     self._log.sum_up(at_once=True)  # it may be long until there is more to say
-                self._hand_over(
-                    self._inbox, _soonest(wait_s, self._pending.next_look_in(), self._file.write_if_due(self.watch))
-                )
+                waits_s = (wait_s, self._pending.next_look_in(), self._file.write_if_due(self.watch))
+                self._hand_over(self._inbox, min((wait for wait in waits_s if wait is not None), default=None))
             except Exception as fault:
                 self._say_fault(fault)
                 self.shutdown.wait(_PAUSE_AFTER_FAULT_S)
@@ -163,7 +144,7 @@ class _FailedSessionProber:
         self._reader.close()
 
     def _wind_up(self) -> None:
-        """Hears the calls and reads that are about to return, and ends the other calls."""
+        """Takes in the calls and reads that are about to return, and ends the other calls."""
         began = time.monotonic()
         while (waited_s := time.monotonic() - began) < _STOP_WITHIN_S:
             in_grace = waited_s < _STOP_GRACE_S
@@ -188,19 +169,19 @@ class _FailedSessionProber:
             self._thread.join(timeout=_STOP_WITHIN_S + 0.1)
 
     def stop_at_exit(self) -> None:
-        """As ``stop``, and sees to it that a call which cannot be ended does not abort the process."""
+        """As ``stop``, and keeps a call that cannot be ended from aborting the process."""
         try:
             self.stop()
-        finally:  # a signal handler may raise meanwhile
+        finally:  # a signal handler may raise in it
             if self.watch.in_flight():
                 _hold_threads_that_terminate()
 
     def run_pass(self) -> None:
-        """Asks side by side what is due now; returns when all have answered. Any thread, no lock held."""
+        """Probes side by side what is due now; returns when all calls are back. Any thread, no lock held."""
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         workers = _probe_workers.Workers(_WORKER_THREAD, self._make, answers)
         due_by, out = time.monotonic(), 0
-        left = 2 * len(self.watch.sessions)  # a probe and reads each: what falls due meanwhile is the loop's
+        left = 2 * len(self.watch.sessions)  # a probe and reads for each; what falls due later is left to the loop
         while True:
             started = self._start_due(workers, due_by)[0] if left > 0 else 0
             out, left = out + started, left - started
@@ -215,7 +196,7 @@ class _FailedSessionProber:
         workers.close()
 
     def _start_due(self, workers: _probe_workers.Workers, due_by: float = float("inf")) -> tuple[int, Optional[float]]:
-        """Makes the calls that are due and ends those whose places are wanted. Gives how many were made, and the
+        """Makes the calls that are due and ends those whose places are wanted. Returns how many were made, and the
         seconds until more are due, None while nothing is blacklisted.
         """
         with self._lock:
@@ -229,19 +210,19 @@ class _FailedSessionProber:
         return len(calls), wait_s
 
     def _make(self, call: Any) -> _probe_workers.Answer:
-        """Probes the peer and, if it is to, begins to read its memory. Runs on a worker thread; may raise anything."""
+        """Probes the peer and, if the call says so, begins to read its memory. Runs on a worker thread; may raise
+        anything.
+        """
         began = time.monotonic()
-        if call.listen and self._can_probe:
-            rc = _session_probe.ask_and_listen(self._engine, call.session)
-        else:
-            rc = _session_probe.ask(self._engine, call.session)
+        probe = _session_probe.ask_and_listen if call.listen and self._can_probe else _session_probe.ask
+        rc = probe(self._engine, call.session)
         took_s = time.monotonic() - began
         call.answered = rc == 0
         reads = self._reader.begin(call.session) if call.read and call.answered else None
         return _probe_workers.Answer(call, rc, took_s, reads)
 
     def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:
-        """Waits for answers, ``wait_s`` at most, and gives them and what reads have shown to the watch. Gives how many
+        """Waits for answers, ``wait_s`` at most, and tells the watch of them and of reads that ended. Returns how many
         answers there were.
         """
         received = _received(answers, wait_s, min(_TOGETHER_S, _TOGETHER_S_PER_SESSION * len(self.watch.sessions)))
@@ -270,22 +251,25 @@ class _FailedSessionProber:
         for answer in received:
             if answer.error is not None:
                 self._log.probe_raised(answer.call.session, answer.error)
-        self.metrics.probed([*map(self._counted, received), *((_counted_as(verdict), None) for _, verdict, _ in shown)])
+        unreadable = _session_states.Verdict.UNREADABLE
+        ended = [("unverified" if verdict is unreadable else "answered", None) for _, verdict, _ in shown]
+        self.metrics.probed([*map(self._counted, received), *ended])
         return len(received)
 
     def _tell_answer(self, answer: _probe_workers.Answer) -> None:
-        """Gives one answer to the watch. The caller holds ``session_lock``."""
+        """Tells the watch of one answer. The caller holds ``session_lock``."""
+        was_quick = answer.took_s < _session_probe.REFUSED_WITHIN_S
         self.watch.answered(
             answer.call,
             answered=answer.rc == 0,
-            refused=answer.error is None and answer.took_s < _REFUSED_WITHIN_S and not answer.call.ended,
+            refused=answer.error is None and was_quick and not answer.call.ended,
             cuts_short=answer.rc == _session_probe.CUT_SHORT,
             reading=answer.reads is not None,
             said=self._in_words(answer),
         )
 
     def _in_words(self, answer: _probe_workers.Answer) -> str:
-        """What one probe has shown."""
+        """How one probe ended, for the command ``sessions``."""
         if answer.error is not None:
             return "raised, see the log"
         if answer.rc == 0:
@@ -296,10 +280,12 @@ class _FailedSessionProber:
             return f"hung, ended after {answer.took_s:.1f} s"
         if answer.rc != _session_probe.NO_ANSWER:
             return "host not known" if answer.rc == _session_probe.UNKNOWN_HOST else f"failed (rc {answer.rc})"
-        return "refused" if answer.took_s < _REFUSED_WITHIN_S else f"no answer within {answer.took_s:.1f} s"
+        return (
+            "refused" if answer.took_s < _session_probe.REFUSED_WITHIN_S else f"no answer within {answer.took_s:.1f} s"
+        )
 
     def _counted(self, answer: _probe_workers.Answer) -> tuple[str, Optional[float]]:
-        """As what a probe is counted, and the seconds that it took."""
+        """The metric's label for a probe, and the seconds that it took, None if they do not count."""
         if answer.error is not None:
             return "error", None
         if not self._can_probe:
@@ -311,7 +297,7 @@ class _FailedSessionProber:
         while True:
             try:
                 event, session, details = self.watch.events.popleft()
-            except IndexError:  # another thread may report too
+            except IndexError:  # another thread may have taken the last one
                 break
             if event is _session_watch.Event.RECOVERED:
                 _count_recoveries(1)
@@ -324,7 +310,7 @@ class _FailedSessionProber:
         self._log.sum_up()
 
 
-# Somebody refers to each of these, or a thread of its runs or hangs.
+# Those of managers that are alive, and those with a thread in a call.
 _probers: weakref.WeakSet[_FailedSessionProber] = weakref.WeakSet()
 
 
@@ -334,30 +320,23 @@ def _stop_probers() -> None:
 
 
 def _free_locks() -> None:
-    """If a probe thread holds session_lock during a fork, the child inherits a lock that nobody will release: makes it
-    anew there.
-    """
+    """Makes session_lock anew in a forked child: a thread that held it during the fork does not exist there."""
     for prober in list(_probers):
         if hasattr(prober._lock, "_at_fork_reinit"):
             prober._lock._at_fork_reinit()
 
 
-@functools.cache  # once in a process: neither kind of hook can be taken back without a trace
+@functools.cache  # once in a process: a fork hook cannot be unregistered
 def _register_hooks() -> None:
     atexit.register(_stop_probers)
     os.register_at_fork(after_in_child=_free_locks)
 
 
-def _counted_as(verdict: _session_states.Verdict) -> str:
-    """As what reads are counted that have ended."""
-    return "unverified" if verdict is _session_states.Verdict.UNREADABLE else "answered"
-
-
 def _hold_threads_that_terminate() -> None:
-    """Has a thread that comes back from Mooncake while the interpreter shuts down wait for the end of the process.
+    """Lets a thread that returns from Mooncake while the interpreter shuts down sleep until the process is gone.
 
-    The interpreter (before 3.14) ends such a thread, which C++ answers with ``std::terminate`` and an abort. Only where
-    a call could not be ended: a genuine terminate would wait, too.
+    The interpreter (before 3.14) ends such a thread, which C++ answers with ``std::terminate`` and an abort. Only for a
+    call that could not be ended, because a genuine ``std::terminate`` would hang, too.
     """
     with contextlib.suppress(Exception):
         pause = ctypes.cast(ctypes.CDLL(None).pause, ctypes.c_void_p)
@@ -367,12 +346,12 @@ def _hold_threads_that_terminate() -> None:
 
 
 def _registration(manager: Any, session: Any) -> Any:
-    """What the peer of a session has registered: another object after each registration, None if nothing is known."""
+    """What the peer of a session has registered, a new object with each registration; None if nothing is known."""
     return getattr(manager, "decode_kv_args_table", {}).get(session)
 
 
 def _rank(manager: Any) -> str:
-    """Which of SGLang's ranks it is, as in its process's title; empty where it is not known."""
+    """The manager's rank as SGLang writes it in the title of the process; empty where it is not known."""
     ranks = {"DP": "system_dp_rank", "PP": "pp_rank", "TP": "engine_rank"}
     found = {word: getattr(getattr(manager, "kv_args", None), name, None) for word, name in ranks.items()}
     return " ".join(f"{word}{rank}" for word, rank in found.items() if type(rank) is int)
@@ -386,14 +365,10 @@ def _end_calls(calls: list[Any]) -> None:
             call.ended = True
 
 
-def _soonest(*waits: Optional[float]) -> Optional[float]:
-    """The shortest of the waits; None is for good."""
-    return min((wait for wait in waits if wait is not None), default=None)
-
-
 def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float], together_s: float = 0.0) -> list[Any]:
-    """What comes within ``wait_s`` seconds (None: until something comes) and ``together_s`` after the first, without
-    the messages that only wake.
+    """The answers that come within ``wait_s`` (None: however long that takes) and ``together_s`` after the first one.
+
+    There may be none: a message can be one that only wakes the thread.
     """
     messages: list[Any] = []
     try:
@@ -407,26 +382,18 @@ def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float], together
     return [message for message in messages if message is not None]
 
 
-def _transfer_timeout_s() -> float:
-    """How long Mooncake lets a transfer take; its default where the variable is not a number, as Mooncake does."""
-    try:
-        return float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
-    except ValueError:
-        return _session_states.TRANSFER_TIMEOUT_S
-
-
 def _count_recoveries(number: int) -> None:
     with _session_metrics.harmless():
         FAILED_SESSION_RECOVERIES.inc(number)
 
 
 class _FailureCount(int):
-    """A count of failures that can be told from an equal one: a failure or registration puts another in its place."""
+    """An int compared with ``is``: a failure or registration replaces it, so that a pass sees whether there was one."""
 
 
 def _run_bare_pass(manager: Any) -> None:
     """One pass over an object with ``engine``, a plain set ``failed_sessions``, ``session_failures`` and
-    ``session_lock``: asks every session once, side by side, and takes those that answered off the blacklist.
+    ``session_lock``: probes every session once, side by side, and takes those that answered off the blacklist.
     """
     failures = manager.session_failures
     with manager.session_lock:
@@ -439,16 +406,16 @@ def _run_bare_pass(manager: Any) -> None:
         lambda call: _probe_workers.Answer(call, _session_probe.ask(manager.engine, call.session)),
         answers,
     )
-    unasked = _session_watch.SessionWatch(FailedSessionProbeSettings(verify=False), counts)
+    to_probe = _session_watch.SessionWatch(FailedSessionProbeSettings(verify=False), counts)
     shutdown = getattr(manager, "_failed_session_probe_shutdown", None) or threading.Event()
-    while len(unasked.sessions) and (unasked.in_flight() or not shutdown.is_set()):
+    while len(to_probe.sessions) and (to_probe.in_flight() or not shutdown.is_set()):
         if not shutdown.is_set():
-            workers.start(unasked.take_due())
-            _end_calls(unasked.to_end())
-        for answer in _received(answers, unasked.next_due_in()):
+            workers.start(to_probe.take_due())
+            _end_calls(to_probe.to_end())
+        for answer in _received(answers, to_probe.next_due_in()):
             session = answer.call.session
-            unasked.lost(answer.call)
-            unasked.sessions.discard(session)
+            to_probe.lost(answer.call)
+            to_probe.sessions.discard(session)
             if answer.error is not None:
                 _probe_logger.warning("Probing session %s raised %s", session, answer.error)
             with manager.session_lock:
@@ -472,10 +439,10 @@ def _failed_session_probe_loop(self: Any) -> None:
 
 
 def _run_one_probe_pass(self: Any) -> None:
-    """Asks, side by side, the blacklisted sessions that are due; returns when they have answered.
+    """Probes, side by side, the blacklisted sessions that are due; returns when all probes are back.
 
     Works on any object with ``engine``, ``failed_sessions`` (a plain set will do), ``session_failures`` and
-    ``session_lock``, which must not be held. Blocks as long as the slowest answer, a minute for a stopped peer.
+    ``session_lock``, which must not be held. Blocks as long as the slowest probe, a minute for a stopped peer.
     """
     if isinstance(self.failed_sessions, _blacklist.FailedSessions):
         _prober_of(self).run_pass()
@@ -484,7 +451,7 @@ def _run_one_probe_pass(self: Any) -> None:
 
 
 def _prober_of(manager: Any) -> _FailedSessionProber:
-    """The manager's prober. The first call swaps the blacklist, whatever SGLang's threads do meanwhile."""
+    """The manager's prober. The first call makes it and replaces the blacklist by one that tells of its changes."""
     _session_probe.can_probe(manager.engine)  # takes seconds where TENT is on, so not under the lock
     with manager.session_lock:
         prober = getattr(manager, "_failed_session_prober", None)
@@ -497,7 +464,7 @@ def _prober_of(manager: Any) -> _FailedSessionProber:
 
 
 def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettings, sglang_version: str) -> None:
-    """Starts the daemon thread of a prefill manager, unless a native one was started, which runs our loop too."""
+    """Starts the daemon thread of a prefill manager. Where SGLang has started its native one, that runs our loop."""
     native = hasattr(manager, "_failed_session_probe_shutdown")
     mooncake = _session_probe.mooncake_version()
     prober = _prober_of(manager)
@@ -518,23 +485,19 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
         try:
             thread.start()
         except Exception:
-            _give_blacklist_back(manager)
+            with manager.session_lock:  # nobody would read what our set records
+                manager.failed_sessions = set(manager.failed_sessions)
             raise
         getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
     prober.metrics.start(prober.watch.most_in_flight())
     _count_recoveries(0)
 
 
-def _give_blacklist_back(manager: Any) -> None:
-    """Makes the blacklist a plain set again: one that hears its changes would keep them for nobody."""
-    with manager.session_lock:
-        manager.failed_sessions = set(manager.failed_sessions)
+def _with_failed_session_probe(init: Callable[..., None], patch: Optional[Patch]) -> Callable[..., None]:
+    """The constructor of MooncakeKVManager, with the settings checked before it and the probe started after it.
 
-
-def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch]) -> Callable[..., None]:
-    """The constructor of MooncakeKVManager with the settings checked before it and the probe started after it.
-
-    Where the manager lacks what the probe needs, the patch is given up and nothing started. Alone there is no patch.
+    Where the manager lacks what the probe needs, the patch is given up and nothing is started. ``patch`` is None where
+    there is no SGLang.
     """
     signature = inspect.signature(init)
 
@@ -544,7 +507,7 @@ def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch
         arguments.apply_defaults()
         role = arguments.arguments["disaggregation_mode"]
         prefill = getattr(role, "value", role) == "prefill"
-        # A decode manager that may become prefill later must not fail then.
+        # A decode manager whose role may be switched stops at its start, too, and not at the switch.
         if prefill or getattr(self, "supports_role_switch", False):
             settings = FailedSessionProbeSettings.from_environment()
         init(self, *args, **kwargs)
@@ -563,26 +526,26 @@ def _with_failed_session_probe(init: Callable[..., None], patch: Optional[_Patch
 
 
 def _missing_of(manager: Any) -> str:
-    """What a prefill manager lacks for the probe, in words; empty if nothing. ``session_lock`` must not be held."""
+    """What a prefill manager lacks for the probe, empty if nothing. ``session_lock`` must not be held."""
     for name in ("session_lock", *_NEEDED):
         if not hasattr(manager, name):
             return f"MooncakeKVManager.{name}"
-    if not hasattr(type(manager.session_lock), "__exit__"):  # a lock that somebody has wrapped is as good
+    if not hasattr(type(manager.session_lock), "__exit__"):  # a wrapped lock will do
         return f"lock MooncakeKVManager.session_lock (it is a {type(manager.session_lock).__name__})"
     with manager.session_lock:
         for name, kind in _NEEDED.items():
             if not isinstance(getattr(manager, name), kind):
                 found = type(getattr(manager, name)).__name__
                 return f"{kind.__name__} MooncakeKVManager.{name} (it is a {found})"
-        # Its attribute and the argument refer to it; others do so only under the lock. Who held the plain set for good
-        # would not see what ours hears, and would refuse or serve by it for ever.
+        # The attribute and the argument of getrefcount refer to the set, and other code only while it holds the lock.
+        # Code that kept another reference would go on using the plain set, and refuse or serve by it for ever.
         is_ours = isinstance(manager.failed_sessions, _blacklist.FailedSessions)
         if not is_ours and sys.getrefcount(manager.failed_sessions) > 2:
             return "MooncakeKVManager.failed_sessions without a second name"
     return ""
 
 
-def patch_failed_session_probe(patch: _Patch, sglang: dict[str, Any]) -> None:
+def patch_failed_session_probe(patch: Patch, sglang: dict[str, Any]) -> None:
     """Gives SGLang's ``MooncakeKVManager`` the probe, in place. Runs in the thread that imports SGLang's module."""
     manager = sglang["MooncakeKVManager"]
     if "disaggregation_mode" not in inspect.signature(manager.__init__).parameters:
@@ -592,7 +555,7 @@ def patch_failed_session_probe(patch: _Patch, sglang: dict[str, Any]) -> None:
 
     def loop(self: Any) -> None:
         missing = _missing_of(self)
-        if missing and native_loop:  # the native thread is here before the constructor has looked
+        if missing and native_loop:  # SGLang's native thread may run before our constructor has checked
             patch.give_up(missing)
             native_loop(self)
         else:

@@ -1,4 +1,4 @@
-"""Does a peer answer, and can its memory be read? Asks through a Mooncake engine.
+"""Does a peer answer, and can its memory be read? Finds out through a Mooncake engine.
 
 What blocks here runs on a worker thread; a probe of a stopped peer can hang for a minute.
 """
@@ -23,20 +23,21 @@ from typing import Any, ClassVar, Optional
 
 from sglang.srt.disaggregation.mooncake import tent_probe
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
-from sglang.srt.disaggregation.mooncake.session_states import Verdict
+from sglang.srt.disaggregation.mooncake.session_states import TRANSFER_TIMEOUT_S, Verdict
+from sglang_failed_session_probe import mooncake_wheels
+from sglang_failed_session_probe.mooncake_wheels import FIRST_MOONCAKE_THAT_ANSWERS as FIRST_MOONCAKE_THAT_ANSWERS
+from sglang_failed_session_probe.mooncake_wheels import FIRST_MOONCAKE_WITH_PROBE as FIRST_MOONCAKE_WITH_PROBE
 from sglang_failed_session_probe.printable import printable_repr
 
-# Mooncake has four TCP connections to a peer, and each can be dead for itself.
+# Mooncake has four TCP connections to a peer, and any of them can be dead while the others work.
 READS_AT_A_TIME = 4
 READ_BYTES = 8
-FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
-FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
-_LONG_QUEUE, _LONGEST_QUEUE = 8192, 65535  # blocks
-# What Mooncake gives: nobody has answered, for whatever reason; and there is no such host.
+# Mooncake's rc of a probe that nobody answered, for whatever reason, and of one to a host that is not known.
 NO_ANSWER, UNKNOWN_HOST = -102, -101
-# What ``ask_and_listen`` gives beside the rc of a probe. A live peer, whether it answers or cuts short, takes 1 ms.
+# What ``ask_and_listen`` returns beside them.
 CUT_SHORT = -1000
-_CUT_SHORT_WITHIN_S = 1.0
+# A probe that is answered, refused or cut short comes back in a millisecond or less.
+REFUSED_WITHIN_S = 1.0
 
 
 def mooncake_engine(engine: Any) -> Any:
@@ -45,12 +46,12 @@ def mooncake_engine(engine: Any) -> Any:
 
 
 def has_send_probe(engine: Any) -> bool:
-    """True if the installed Mooncake has ``send_probe`` (0.3.11 and later)."""
+    """True if the installed Mooncake has ``send_probe``."""
     return hasattr(mooncake_engine(engine), "send_probe")
 
 
 def can_probe(engine: Any) -> bool:
-    """True if Mooncake has ``send_probe`` and it does not end the process. On TENT the first call takes seconds."""
+    """True if the installed Mooncake can probe without a crash. Where TENT is on, the first call takes seconds."""
     return has_send_probe(engine) and not tent_probe.why_no_probe()
 
 
@@ -59,27 +60,34 @@ def mooncake_version() -> str:
     with contextlib.suppress(Exception):  # only words for the log: nothing may depend on them
         spec = importlib.util.find_spec("mooncake")
         for package in (spec and spec.submodule_search_locations) or ():
-            for installed in sorted(pathlib.Path(package).parent.glob("*mooncake*.dist-info")):
-                name, version = installed.stem.rsplit("-", 1)  # what is in there may be unreadable
-                return f"{name.replace('_', '-')} {version}"
+            for name, release, _ in mooncake_wheels.wheels_beside(pathlib.Path(package)):
+                return f"{name} {release}"
     return "of unknown version"
 
 
 def has_short_queue() -> bool:
     """True if a burst of more than 1,024 blocks overflows Mooncake's queue to a peer, as in 0.3.13 over TCP by default.
 
-    Then it may forget to go on with those that wait, and fail every later transfer to that peer, for good.
+    Then it may never go on with the transfers that wait, and fail every later one to that peer.
     """
-    # Mooncake takes its default of 1,024 for more than 65,535.
-    longer = re.fullmatch("0*([0-9]{1,5})", os.environ.get("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", ""))
-    is_long = longer is not None and _LONG_QUEUE <= int(longer[1]) <= _LONGEST_QUEUE
-    return _is_told_to_use_tcp() and not is_long and re.search(r" 0\.3\.13(\.post1)?$", mooncake_version()) is not None
+    # For more than the longest, Mooncake takes its default of 1,024.
+    longer = re.fullmatch("0*([0-9]{1,5})", os.environ.get(mooncake_wheels.QUEUE_VARIABLE, ""))
+    is_long = longer is not None and 8192 <= int(longer[1]) <= mooncake_wheels.LONGEST_QUEUE
+    return _is_told_to_use_tcp() and not is_long and bool(mooncake_wheels.SHORT_QUEUE.search(mooncake_version()))
+
+
+def transfer_timeout_s() -> float:
+    """How long Mooncake lets a transfer take; where the variable is no number its default, as Mooncake does."""
+    try:
+        return float(os.environ.get("MC_TRANSFER_TIMEOUT", ""))
+    except ValueError:
+        return TRANSFER_TIMEOUT_S
 
 
 def is_over_rdma() -> bool:
     """True if this process has an RDMA device open and Mooncake was not told to use TCP. Reads a folder; hold no lock.
 
-    Asked for RDMA, Mooncake takes TCP all the same where it finds no device. In doubt it is TCP, which is waited for.
+    Mooncake falls back to TCP where it finds no device. In doubt the answer is TCP, whose rules are the more patient.
     """
     return not _is_told_to_use_tcp() and any(file.startswith("/dev/infiniband/uverbs") for file in _open_files())
 
@@ -108,32 +116,32 @@ def ask(engine: Any, session: str) -> int:
 
 
 def ask_and_listen(engine: Any, session: str) -> int:
-    """As ``ask``, but gives CUT_SHORT if the peer takes connections and yet cuts probes short.
+    """As ``ask``, but returns CUT_SHORT if the peer accepts connections and closes them without an answer.
 
-    A process that is gone takes no connection, and one that is stopped ends no probe.
+    To a process that is gone nothing connects, and one that is stopped leaves the probe hanging.
     """
     began = time.monotonic()
     rc = ask(engine, session)
-    if rc != NO_ANSWER or time.monotonic() - began > _CUT_SHORT_WITHIN_S or not _takes_connections(session):
+    if rc != NO_ANSWER or time.monotonic() - began > REFUSED_WITHIN_S or not _takes_connections(session):
         return rc
     began = time.monotonic()
-    rc = ask(engine, session)  # it may have come back between the two
-    return CUT_SHORT if rc == NO_ANSWER and time.monotonic() - began <= _CUT_SHORT_WITHIN_S else rc
+    rc = ask(engine, session)  # the process may have started just before the connection
+    return CUT_SHORT if rc == NO_ANSWER and time.monotonic() - began <= REFUSED_WITHIN_S else rc
 
 
 def _takes_connections(session: str) -> bool:
     host, _, port = session.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CUT_SHORT_WITHIN_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REFUSED_WITHIN_S).close()
     except OSError:
         return False
     return True
 
 
 class Reads:
-    """Four small reads of one peer's memory, begun together. Any one thread at a time."""
+    """Small reads of one peer's memory, begun together. Any one thread at a time."""
 
-    # Four reads of a live peer end after 1 to 20 ms. One that still waits now waits for a connection to be free.
+    # Reads of a live peer end after 1 to 20 ms. One that is pending for longer waits for a free connection.
     LATE_S = 0.1
 
     def __init__(self, check_status: Callable[[int], Any], clock: Callable[[], float] = time.monotonic) -> None:
@@ -141,50 +149,43 @@ class Reads:
         self._clock = clock
         self._begun_at = clock()
         self._pending: list[int] = []
-        self._verdict: Optional[Verdict] = None
+        self.verdict: Optional[Verdict] = None
         self._late = False
         self.why = ""
-        self.begun = True  # False while they are being begun
-        self.unsure = False  # whether each has ended: the engine gave what it never gives
+        self.begun = True  # False while more of them are being begun
+        self.unsure = False  # True if the engine returned something unknown: a read may still be writing
 
     @classmethod
     def decided(cls, verdict: Verdict, why: str = "") -> Reads:
-        """Reads of which nothing is pending."""
+        """Reads of which none is pending."""
         reads = cls(lambda batch: None)
-        reads._verdict, reads.why = verdict, why
+        reads.verdict, reads.why = verdict, why
         return reads
 
-    def add(self, batch: int) -> None:
-        """One more was begun."""
+    def add(self, batch: int, waited: bool = False) -> None:
+        """One more was begun; ``waited`` if Mooncake first had to wait for a connection."""
         self._pending.append(batch)
-
-    def waited(self) -> None:
-        """One had to wait for a connection before it was begun."""
-        self._late = True
+        self._late |= waited
 
     def failed(self, why: str) -> None:
         """One has failed, or could not be begun. The others go on until they end."""
-        if self._verdict is None:
-            self._verdict, self.why = Verdict.UNREADABLE, why
+        if self.verdict is None:
+            self.verdict, self.why = Verdict.UNREADABLE, why
 
     def look(self) -> Optional[Verdict]:
-        """What is known of them by now, None if that is not yet anything. Takes 1 us a read; hold no lock."""
+        """The verdict, None as long as there is none. Takes 1 us a read; hold no lock."""
         looked_at = self._clock()
         self._pending = [batch for batch in self._pending if not self._has_ended(batch)]
         in_time = looked_at - self._begun_at < self.LATE_S
-        if self._verdict is None and not self._pending:
-            # Late is what was seen pending then. What a busy interpreter has looked at late may have waited or not.
+        if self.verdict is None and not self._pending:
+            # Reads seen pending after LATE_S are late; where the first look came after it, nobody knows.
             prompt = Verdict.READABLE if in_time else Verdict.READABLE_UNSEEN
-            self._verdict = Verdict.READABLE_LATE if self._late else prompt
+            self.verdict = Verdict.READABLE_LATE if self._late else prompt
         self._late |= not in_time
-        return self._verdict
-
-    def has_failed(self) -> bool:
-        """True if one has failed, or could not be begun."""
-        return self._verdict is Verdict.UNREADABLE
+        return self.verdict
 
     def have_ended(self) -> bool:
-        """True if none is pending: a batch that is must be looked at until it ends, or Mooncake keeps it for good."""
+        """True if none is pending. Mooncake frees a batch only when a look finds it ended, so look until then."""
         return not self._pending
 
     def age_s(self) -> float:
@@ -192,22 +193,22 @@ class Reads:
         return self._clock() - self._begun_at
 
     def _has_ended(self, batch: int) -> bool:
-        try:
-            status = self._check_status(batch)
-        except BaseException as error:  # an engine may raise anything
-            self.unsure = True
-            self.failed(f"reading its memory raised {printable_repr(error)}")
-            return True
+        failed, timed_out = -1, -2  # Mooncake still holds a batch that has timed out
+        status, why = _returned(lambda: self._check_status(batch))
         if type(status) is int and status in (0, 1):
             return status == 1
-        self.failed(f"reading its memory gave {printable_repr(status)}")
-        self.unsure |= status not in (_FAILED, _TIMED_OUT)
-        return bool(status != _TIMED_OUT)
+        self.failed(why)
+        self.unsure |= status not in (failed, timed_out)
+        return bool(status != timed_out)
 
 
-_FAILED = -1
-# Mooncake has given such a batch up and still holds it.
-_TIMED_OUT = -2
+def _returned(read: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call of the engine returned, None if it raised, and that in words."""
+    try:
+        returned = read()
+    except BaseException as error:  # an engine may raise anything
+        return None, f"reading its memory raised {printable_repr(error)}"
+    return returned, f"reading its memory gave {printable_repr(returned)}"
 
 
 class MemoryReader:
@@ -218,7 +219,7 @@ class MemoryReader:
     """
 
     _REGISTER_AGAIN_S = 10.0
-    # To begin a read takes 0.1 ms, or as long as Mooncake before 0.3.13 connects: then one is enough for now.
+    # To begin a read takes 0.1 ms. Mooncake before 0.3.13 may connect first: after such a wait, no more are begun.
     _BLOCKS_FROM_S = 0.5
     # A read that a peer rejects has failed after 0.5 ms, one that waits for a connection after up to 1 s.
     _FAILS_WITHIN_S = (0.0005, 0.001, 0.003)
@@ -240,8 +241,8 @@ class MemoryReader:
         self._closed = False
         self._refused_at = -self._REGISTER_AGAIN_S
         self._refused_why = ""
-        # Over RDMA one: there are no four connections, and while it is tried in vain transfers to others wait. Beside
-        # four that failed they took 1 to 2.4 s, two devices a node, beside one 25 ms as always.
+        # One over RDMA, which has no four connections and where transfers to others wait for reads that fail: 1 to 2.4
+        # s beside four of them, with two devices a node, and the usual 25 ms beside one.
         self.reads_at_a_time = READS_AT_A_TIME
 
     def begin(self, session: str) -> Reads:
@@ -277,37 +278,31 @@ class MemoryReader:
         return reads
 
     def _begin_one(self, reads: Reads, begin: Callable[[], Any]) -> bool:
-        """Begins one more; False if that is not to be done again now."""
+        """Begins one more read; False if no others are to be begun after it now."""
         began = self._clock()
-        try:
-            batch = begin()
-        except BaseException as error:  # an engine may raise anything
-            reads.unsure = True
-            reads.failed(f"reading its memory raised {printable_repr(error)}")
-            return False
+        batch, why = _returned(begin)
         if type(batch) is not int or batch == 0:
             reads.unsure |= batch != 0
-            reads.failed(
-                "reading its memory was refused" if batch == 0 else f"reading its memory gave {printable_repr(batch)}"
-            )
+            reads.failed("reading its memory was refused" if batch == 0 else why)
             return False
-        reads.add(batch)
-        if self._clock() >= began + self._BLOCKS_FROM_S:
-            reads.waited()
-            return False
-        return True
+        waited = self._clock() >= began + self._BLOCKS_FROM_S
+        reads.add(batch, waited)
+        return not waited
 
     def _fail_until_one_waits(self, reads: Reads, begin: Callable[[], Any]) -> None:
-        """Once each connection to a peer has failed in turn, Mooncake (0.3.13, 0.3.14) fails the next transfer unsent,
-        and only then waits for a second and connects anew. That transfer is to be a read of ours: the peer may
-        register at any moment, and its first request would be the one to fail.
+        """Fails reads on purpose until Mooncake reconnects, so that no request is the one to fail.
+
+        Once each connection to a peer has failed in turn, Mooncake (0.3.13, 0.3.14) fails the next transfer unsent, and
+        only then waits for a second and connects anew. The peer may register at any moment, and without these reads its
+        first request would be that transfer.
         """
         for _ in range(self._MOST_FAILED_ON_PURPOSE):
             for pause_s in self._FAILS_WITHIN_S:
                 if reads.look() is not None and reads.have_ended():
                     break
                 time.sleep(pause_s)
-            if not reads.has_failed() or not reads.have_ended() or not self._begin_one(reads, begin):
+            have_failed = reads.verdict is Verdict.UNREADABLE and reads.have_ended()
+            if not have_failed or not self._begin_one(reads, begin):
                 return
 
     def close(self) -> None:
@@ -350,9 +345,10 @@ class MemoryReader:
                 self._page = page
                 return
             _Page.spare.append(page)
-            self._refused_why = f"Mooncake gave {printable_repr(rc)} when it was to register a page to read into"
+            what = f"gave {printable_repr(rc)}"
         except BaseException as error:  # an engine may raise anything
-            self._refused_why = f"Mooncake raised {printable_repr(error)} when it was to register a page to read into"
+            what = f"raised {printable_repr(error)}"
+        self._refused_why = f"Mooncake {what} when it was to register a page to read into"
         self._refused_at = self._clock()
         if not was_refused:
             self._page_refused(self._refused_why)
@@ -362,23 +358,20 @@ def _read_one_by_one(read: Callable[[], Any]) -> Reads:
     """Reads four times; the first that fails ends it."""
     began = time.monotonic()
     for _ in range(READS_AT_A_TIME):
-        try:
-            rc = read()
-        except BaseException as error:  # an engine may raise anything
-            return Reads.decided(Verdict.UNREADABLE, f"reading its memory raised {printable_repr(error)}")
+        rc, why = _returned(read)
         if type(rc) is not int or rc != 0:
-            return Reads.decided(Verdict.UNREADABLE, f"reading its memory gave {printable_repr(rc)}")
+            return Reads.decided(Verdict.UNREADABLE, why)
     late = time.monotonic() - began >= Reads.LATE_S
     return Reads.decided(Verdict.READABLE_LATE if late else Verdict.READABLE)
 
 
 class _Page:
-    """Memory that is registered at one engine to read into. It stays as long as the process, because what is taken
-    for over may still write there; the next reader gets it.
+    """Memory that is registered with one engine to read into. It is never freed, because a read that seems to be over
+    may still write there; the next reader gets it.
     """
 
     spare: ClassVar[list[_Page]] = []
-    # Still registered: their readers were closed, and reads may write there.
+    # Still registered with the engine though their readers are closed: reads may write there.
     _left: ClassVar[list[tuple[Any, _Page]]] = []
 
     def __init__(self) -> None:
@@ -391,7 +384,7 @@ class _Page:
 
     @classmethod
     def left_at(cls, mooncake: Any) -> Optional[_Page]:
-        """The page that an earlier reader has left registered at the engine."""
+        """The page that an earlier reader has left registered with the engine."""
         for place, (engine, page) in enumerate(cls._left):
             if engine is mooncake:
                 del cls._left[place]
@@ -406,8 +399,8 @@ class _Page:
             self._look_at = max(16, 2 * len(self._reads))
 
     def leave(self, mooncake: Any) -> None:
-        """Has the engine forget the page, if no read may write here any more."""
-        for reads in self._abandoned:  # which nobody else looks at
+        """Deregisters the page, unless a read may still write here."""
+        for reads in self._abandoned:  # nobody else looks at these
             reads.look()
         self._reads += self._abandoned
         self._forget_ended()
@@ -429,7 +422,7 @@ class PendingReads:
     _SOONEST_S, _SHARE_OF_AGE, _LATEST_S = 0.001, 0.1, 0.05
     # However many there are, looking takes a few hundredths of a core.
     _S_PER_READS = 0.0002
-    # Those that nobody waits for any more are looked at so that Mooncake can let go of them.
+    # Reads that nobody waits for any more are looked at all the same, so that Mooncake frees them.
     _UNWANTED_LATEST_S = 10.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -439,12 +432,12 @@ class PendingReads:
         self._ties = itertools.count()
 
     def add(self, call: Call, reads: Reads) -> None:
-        """Reads that a call has begun. They are looked at at once."""
+        """Takes over the reads that a call has begun; the first look is due at once."""
         with self._lock:
             heapq.heappush(self._looks, (0.0, next(self._ties), call, reads, False))
 
     def look(self, is_wanted: Callable[[Call], bool], most: int = 32) -> list[tuple[Call, Verdict, str]]:
-        """Looks at ``most`` of those that are due; gives what is known now and was not before, with the reason."""
+        """Looks at ``most`` of the reads that are due; returns each new verdict, with the reason."""
         now = self._clock()
         told: list[tuple[Call, Verdict, str]] = []
         with self._lock:
@@ -461,7 +454,7 @@ class PendingReads:
         return told
 
     def next_look_in(self) -> Optional[float]:
-        """Seconds until some are to be looked at, None if there are none."""
+        """Seconds until the next look is due, None if nothing is pending."""
         with self._lock:
             return max(0.0, self._looks[0][0] - self._clock()) if self._looks else None
 

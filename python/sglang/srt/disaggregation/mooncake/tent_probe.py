@@ -1,7 +1,7 @@
 """Does Mooncake run on TENT in this process, and may it be probed then?
 
 TENT is another engine inside Mooncake, for builds that have it and processes with one of its variables. Before
-Mooncake's PR 4081 (September 2026) ``send_probe`` on it ends the process, so a child process tries that first.
+Mooncake's PR 4081 ``send_probe`` on it ends the process, so a child process tries that first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import subprocess
 import sys
 
 from sglang_failed_session_probe.harmless_logger import logger
+from sglang_failed_session_probe.mooncake_wheels import LEAVE_TENT, TENT_VARIABLES
 
-_VARIABLES = ("MC_USE_TENT", "MC_USE_TEV1")
 # The namespace mooncake::tent, as names of symbols and types have it; a build without TENT has it nowhere.
 _NAMESPACE = b"8mooncake4tent"
 _LIBRARY = re.compile(r"/.*/lib(?:transfer_engine|tent)[^/]*\.so[^/]*$", re.MULTILINE)
@@ -52,18 +52,17 @@ os._exit(0)
 def is_on() -> bool:
     """True if one of TENT's variables is set, to whatever value, and the installed Mooncake is built with TENT.
 
-    Then nothing may be read either: to begin an asynchronous read overwrites a part of TENT's own batch (Mooncake's PR
-    4191, still open in September 2026).
+    Then nothing may be read either: an asynchronous read overwrites a part of TENT's own batch (Mooncake's PR 4191,
+    still open in September 2026).
     """
-    return any(name in os.environ for name in _VARIABLES) and _is_built_in()
+    return any(name in os.environ for name in TENT_VARIABLES) and _is_built_in()
 
 
 @functools.cache
 def why_no_probe() -> str:
-    """What a probe on TENT did in a child process, if that forbids probing here; empty where probes are safe.
+    """What a probe on TENT did to a child process, if that forbids probing here; empty where probes are safe.
 
-    Costs nothing while the variables are not set. Where TENT is on, the first call takes a second or more, 15 at most:
-    hold no lock.
+    Costs nothing while the variables are not set. Where TENT is on, the first call takes one to 15 s: hold no lock.
     """
     if not is_on():
         return ""
@@ -91,10 +90,10 @@ def warn(mooncake: str) -> None:
     if why_no_probe():
         logger.warning(
             "Mooncake %s runs on TENT, where a probe %s: nothing is probed, so a blacklisted session stays out until "
-            "it registers again; unset MC_USE_TENT and MC_USE_TEV1, or install a Mooncake with its PR 4081 "
-            "(September 2026)",
+            "it registers again; %s",
             mooncake,
             why_no_probe(),
+            LEAVE_TENT,
         )
     else:
         logger.warning(
@@ -110,7 +109,7 @@ def _is_built_in() -> bool:
         engine = importlib.util.find_spec("mooncake.engine")
         libraries = _LIBRARY.findall(pathlib.Path("/proc/self/maps").read_text())  # of a build that has them apart
         return any(map(_has_namespace, {engine.origin, *libraries}))  # type: ignore[union-attr]
-    except Exception:  # not a build that we know: the child process tells
+    except Exception:  # an unknown kind of build: the child process finds out
         return True
 
 
