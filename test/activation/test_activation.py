@@ -12,7 +12,7 @@ from kit.installations import Installation
 from kit.releases import RELEASES, environment_with, sglang_folder
 from sglang_failed_session_probe import SWITCH
 
-PROCESS = pathlib.Path(__file__).with_name("door_process.py")
+PROCESS = pathlib.Path(__file__).with_name("activation_process.py")
 ON = {SWITCH: "1"}
 
 

@@ -30,9 +30,10 @@ failed_session_file.folders = lambda: [pathlib.Path({folder!r})]
 COMMAND = "from sglang_failed_session_probe.__main__ import main; main()"
 # A prefill scheduler on an engine that is a Python object. It does what it reads, a line at a time.
 SCHEDULER = """
-import sys, types
+import sys, time, types
 from kit.fake_engine import PENDING, REFUSED, Engine
 from kit.managers import *
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake.conn import MooncakeKVManager
 engine = Engine(probe=REFUSED)
 MooncakeKVManager.init_engine = lambda self: setattr(self, "engine", engine)
@@ -255,7 +256,7 @@ def test_a_file_that_is_none_of_a_schedulers_gets_a_line_and_hides_nobody(
 def test_what_a_forged_file_says_reaches_no_terminal(folder: pathlib.Path) -> None:
     """Anybody may write one and hold its lock; root reads it all the same."""
     evil = "\x1b[2J\nroot 10.0.3.7:15412"
-    row = [evil, True, 1.0, 0, 0.0, evil, None, 2.0, 1.0, evil, None, evil, None, None, 1e6]
+    row = [evil, True, 1.0, 0, 0.0, evil, None, 2.0, 1.0, evil, None, evil, None, None, None, 1e6]
     about = {"format": 1, "pid": 1, "rank": evil, "can_probe": True, "written_at": 1.0, "known": 1}
     with (folder / "sglang-failed-sessions-0-1-x").open("w") as forged:
         fcntl.lockf(forged, fcntl.LOCK_EX)

@@ -13,7 +13,7 @@ from kit import deployed
 from kit.imposters import imposters
 from kit.network import Network
 from kit.node import Node
-from kit.paths import PYTHON_FOLDER
+from kit.paths import PYTHONPATH
 from kit.prometheus_server import PrometheusServer
 
 SHUT_PORTS = (20001, 20000)  # handshake and data
@@ -66,7 +66,7 @@ def fleet(
         nodes = {name: start(name, "decode", None) for name in ("stopped", "live")}
         nodes["shut"] = start("shut", "decode", SHUT_PORTS)
         (folder / "sitecustomize.py").write_text(OLD_MOONCAKE)
-        settings = {**SETTINGS, "old_mooncake": {"PYTHONPATH": f"{folder}:{PYTHON_FOLDER}"}}
+        settings = {**SETTINGS, "old_mooncake": {"PYTHONPATH": f"{folder}:{PYTHONPATH}"}}
         for name in (*PREFILL_NODES, "hung"):
             nodes[name] = start(name, "prefill", **settings.get(name, {}))
         ports = zip((*PREFILL_NODES, "hung"), METRICS_PORTS, strict=False)
