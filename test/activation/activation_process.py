@@ -1,8 +1,8 @@
 """What does our package do to SGLang's modules in a fresh interpreter? Prints the answer as JSON.
 
-    activation_process.py active [plugins]     import the connector, after SGLang's plugins if so asked, say what runs there
-    activation_process.py engine               import the engine's module alone, and say whether the connector came with it
-    activation_process.py undone               import the connector unpatched, activate and deactivate, and say what changed
+    active [plugins]     import the connector, after SGLang's plugins if so asked, and say what runs there
+    engine               import the engine's module alone, and say whether the connector came with it
+    undone               import the connector unpatched, activate and deactivate, and say what changed
 
 It runs in the environment of an SGLang release, so it imports nothing of the tests.
 """
