@@ -629,8 +629,8 @@ BREAKS = [
     Break(
         "another service is not taken for none",
         status._read,
-        "        if answers:\n",
-        "        if False:\n",
+        " and not hung_up:",
+        " and False:",
         STATUS_TESTS,
     ),
     Break(

@@ -9,16 +9,16 @@ OFF_WORDS = ("false", "0", "no", "n", "off")
 
 
 def activate() -> None:
-    """Puts the patch into SGLang if the switch is on: now where SGLang is imported already, else when it is.
+    """Patches SGLang if the switch is on: at once where SGLang is imported already, else when it is.
 
-    Both doors call this: the plugin entry point and the .pth file. May be called again. Imports SGLang never.
+    The plugin entry point and the .pth file both call this. May be called again. Never imports SGLang.
     """
     value = os.environ.get(SWITCH, "").strip().lower()
     if value in ON_WORDS:
         os.environ[SWITCH] = "1"
     elif value in OFF_WORDS:
         os.environ[SWITCH] = "0"
-    # Any other value goes on, and stops the prefill node with a sentence when its manager is made.
+    # With any other value the prefill node stops with a sentence when it makes its manager.
     if value and value not in OFF_WORDS:
         from sglang_failed_session_probe import patch
 
@@ -26,7 +26,7 @@ def activate() -> None:
 
 
 def deactivate() -> None:
-    """Gives SGLang its own classes back. Managers that were made meanwhile keep their probe."""
+    """Takes every change of SGLang back. Managers that were made before keep their probe."""
     from sglang_failed_session_probe import patch
 
     patch.uninstall()

@@ -15,9 +15,9 @@ PROGRAM = "sglang-failed-session-probe"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments, and what is right, in one line."""
+    """Reports wrong arguments, and what is allowed, in one line."""
 
-    def parse_known_args(  # type: ignore[override]  # what a subcommand does not know, it says itself
+    def parse_known_args(  # type: ignore[override]  # so that a subcommand names its own unknown arguments
         self, args: Optional[Sequence[str]] = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         known, unknown = super().parse_known_args(args, namespace)
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
-        if not line.startswith("argument "):  # else it says what this argument must be
+        if not line.startswith("argument "):  # such a message says what is allowed
             line += f" ({' '.join(self.format_usage().split())})"
         self.exit(2, f"{self.prog}: {line}\n")
 

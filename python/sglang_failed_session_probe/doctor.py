@@ -1,7 +1,7 @@
 """Is this environment ready for a prefill node with the probe, and if not, what is to be done?
 
-One line for each thing that was looked at, with what to do about it, and a last one that says what will happen on a
-prefill node started from here. The exit status is 0 if that is what was asked for, else 1. SGLang is not imported.
+Prints a line for each check, with what to do about it, and a last one that says what a prefill node started here will
+do. The exit status is 0 if that is what was asked for, else 1. SGLang is not imported.
 
 ``--json`` prints one object:
 
@@ -33,16 +33,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from sglang_failed_session_probe import ON_WORDS, SWITCH, mooncake_wheels, patch_points, table
-from sglang_failed_session_probe.mooncake_wheels import (
-    FIRST_MOONCAKE_THAT_ANSWERS,
-    FIRST_MOONCAKE_WITH_BOUND,
-    FIRST_MOONCAKE_WITH_PROBE,
-)
 from sglang_failed_session_probe.own_files import ENVIRON, file_of, load_settings
-from sglang_failed_session_probe.patch_points import ON_BY_DEFAULT, PatchPoints
+from sglang_failed_session_probe.patch_points import PatchPoints
 
 _DISTRIBUTION = "sglang-failed-session-probe"
 _PACKAGE = "sglang_failed_session_probe"
@@ -52,7 +47,6 @@ _OUR_PREFIXES = ("SGLANG_FAILED_SESSION", "SGLANG_ENABLE_FAILED")
 _INSTALL = "pip install sglang_failed_session_probe-*.whl"
 _REINSTALL = "pip install --force-reinstall --no-deps sglang_failed_session_probe-*.whl"
 
-_FIRST_SGLANG_WITH_BLACKLIST = "0.4.7"
 # Debian calls the package of libnuma.so.1 libnuma1, and so on.
 _MOONCAKE_LIBRARIES = ("libibverbs.so.1", "librdmacm.so.1", "libnuma.so.1", "libcurl.so.4")
 _CHILD_DEADLINE_S = 20.0
@@ -66,9 +60,8 @@ _PARTLY = "will probe blacklisted sessions, but not as asked:"
 _EFFECTS = (_STOPS, _NO_PROBE, _UNSURE, _PARTLY)
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One thing that was looked at. The finding of an error can follow its effect."""
+class Line(NamedTuple):
+    """The result of one check. The finding of an error completes the sentence that its effect begins."""
 
     mark: str
     subject: str
@@ -88,49 +81,46 @@ class Diagnosis:
 
     @property
     def ready(self) -> bool:
-        """True if what was asked for will happen."""
+        """True if a prefill node started here will do what was asked for."""
         return all(line.mark != "error" for line in self.lines)
 
     @property
     def verdict(self) -> str:
-        """What will happen on a prefill node that is started from here, in one sentence."""
+        """What a prefill node started here will do, in one sentence."""
+        node = "A prefill node started here"
         errors = [line for line in self.lines if line.mark == "error"]
         if errors:
             worst = min(errors, key=lambda line: _EFFECTS.index(line.effect))
-            node = "A prefill node started here" if self.asked_for else "Switched on, a prefill node started here"
+            node = node if self.asked_for else "Switched on, a prefill node started here"
             more = f" ({len(errors) - 1} more above)" if len(errors) > 1 else ""
             return f"{node} {worst.effect} {worst.finding}; do this: {worst.do}{more}."
         if self.asked_for:
-            return "A prefill node started here will probe blacklisted sessions."
+            return f"{node} will probe blacklisted sessions."
         if self.asked_for is False:
-            return f"A prefill node started here will probe no sessions, as {SWITCH} asks for."
-        own = ""
-        if self.points and self.points.has("native probe"):
-            own = f", its own probe {'on' if self.points.has(ON_BY_DEFAULT) else 'off'}"
+            return f"{node} will probe no sessions, as {SWITCH} asks for."
+        own = f", its own probe {self.points.native_default}" if self.points and self.points.native_default else ""
         on = f"run doctor with {SWITCH}=1 to see what one does with it"
-        return f"A prefill node started here will run SGLang as it is{own}: the switch is not set; {on}."
+        return f"{node} will run SGLang as it is{own}: the switch is not set; {on}."
 
     def as_json(self) -> dict[str, Any]:
         """The object that ``--json`` prints."""
-        shown = ("mark", "subject", "finding", "do")
         return {
             "ready": self.ready,
             "asked_for": self.asked_for,
             "verdict": self.verdict,
             "sglang": self.points.release if self.points else None,
             "mooncake": self.mooncake,
-            "lines": [{name: getattr(line, name) for name in shown} for line in self.lines],
+            "lines": [dict(zip(Line._fields[:4], line, strict=False)) for line in self.lines],
             "patch_points": [dataclasses.asdict(finding) for finding in self.points.findings] if self.points else [],
         }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser of the command ``doctor`` its arguments."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what was found; gives 0 if the environment is ready, else 1."""
+    """Prints the diagnosis; returns 0 if the environment is ready, else 1."""
     found = diagnose(os.environ)
     if arguments.json:
         print(json.dumps(found.as_json(), indent=2))
@@ -140,10 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def diagnose(environment: Mapping[str, str]) -> Diagnosis:
-    """Looks at everything. Starts two short processes, and imports nothing of SGLang's or Mooncake's in this one."""
+    """Makes all checks. Starts two short processes, and imports nothing of SGLang's or Mooncake's in this one."""
     folder = patch_points.find_sglang()
     points = patch_points.examine(folder) if folder else None
-    settings = _settings()
+    settings = None
+    with contextlib.suppress(OSError):  # a file of ours is missing, which the check of the package says
+        settings = load_settings().FailedSessionProbeSettings
     switch, asked_for = _look_at_switch(environment, settings)
     mooncake, mooncake_lines = _look_at_mooncake(environment)
     lines = [
@@ -192,9 +184,10 @@ def _look_at_sglang(folder: Optional[pathlib.Path], points: Optional[PatchPoints
     if (here / "__init__.py").is_file() and here.resolve() != folder.resolve():
         finding = f"`python -m sglang.launch_server` in this folder would find {here} instead"
         yield Line("warning", "SGLang", finding, "start it from another folder")
+    first_with_blacklist = "0.4.7"
     newer = f"look for a release of {_DISTRIBUTION} that supports it"
-    if re.match(r"0\.[1-4]\.", points.release) and not _at_least(points.release, _FIRST_SGLANG_WITH_BLACKLIST):
-        newer = f"run it as it is: SGLang has the blacklist from {_FIRST_SGLANG_WITH_BLACKLIST} on"
+    if re.match(r"0\.[1-4]\.", points.release) and not _at_least(points.release, first_with_blacklist):
+        newer = f"run it as it is: SGLang has the blacklist from {first_with_blacklist} on"
     if points.missing:
         yield Line("error", "patch points", f"SGLang {points.release} has no {', no '.join(points.missing)}", newer)
     for doubt in points.doubts:
@@ -204,10 +197,8 @@ def _look_at_sglang(folder: Optional[pathlib.Path], points: Optional[PatchPoints
             finding.name.split()[-1] for finding in points.findings if finding.name.startswith("failed_sessions: ")
         )
         yield Line("ok", "patch points", f"all found; the blacklist is written by {', '.join(writers)}")
-    native = "none"
-    if points.has("native probe"):
-        default = "on" if points.has(ON_BY_DEFAULT) else "off"
-        native = f"{default} by default; ours takes its place while the switch is on"
+    default = points.native_default
+    native = f"{default} by default; ours takes its place while the switch is on" if default else "none"
     yield Line("info", "native probe", native)
 
 
@@ -244,7 +235,7 @@ if answer is True and tent_probe.is_on():
 
 
 def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], list[Line]]:
-    """Name and release of the wheel, and what is to be said of it."""
+    """Name and release of the wheel, None if not known, and the checks of Mooncake."""
     spec = importlib.util.find_spec("mooncake")
     places = spec and spec.submodule_search_locations
     folder = pathlib.Path(next(iter(places))) if places else None
@@ -254,7 +245,7 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
     engine = json.loads(answers[0]) if answers else _how_it_ended(child)
     if folder is None or not any(folder.glob("engine*")):
         finding = "Mooncake is not installed" if folder is None else f"{folder} has no engine"
-        do = f"install the wheel of Mooncake for this machine, {FIRST_MOONCAKE_WITH_PROBE} or later"
+        do = f"install the wheel of Mooncake for this machine, {mooncake_wheels.FIRST_MOONCAKE_WITH_PROBE} or later"
         return None, [Line("error", "Mooncake", finding, do, _STOPS)]
     wheels = _wheels_in(folder)
     wheel = _wheel_of_engine(wheels)
@@ -303,8 +294,7 @@ def _how_it_ended(child: subprocess.CompletedProcess[str]) -> str:
     return f"it ends the process with {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "it exits"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wheel:
+class _Wheel(NamedTuple):
     """An installed wheel of Mooncake."""
 
     name: str
@@ -335,14 +325,14 @@ def _is_engine(file: pathlib.PurePath) -> bool:
 
 
 def _wheel_of_engine(wheels: list[_Wheel]) -> Optional[_Wheel]:
-    """The wheel whose engine lies there; None if that is none's."""
+    """The wheel that brought the engine that is there; None if none of them did."""
     if len(wheels) == 1:
         return wheels[0]
     return next((each for each in wheels if not _changed(filter(_is_engine, each.files))), None)
 
 
 def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
-    """Those of the files that are not there as the wheel had them."""
+    """The files that are missing, or other than the wheel had them."""
     changed = []
     for file in files:
         if file.hash is not None:
@@ -358,37 +348,37 @@ def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
 def _release_line(wheel: Optional[_Wheel], engine: Any, environment: Mapping[str, str]) -> Line:
     name = str(wheel or "Mooncake of unknown release")
     release = wheel.release if wheel else "0"
-    can_probe = engine if isinstance(engine, bool) else _at_least(release, FIRST_MOONCAKE_WITH_PROBE)
+    can_probe = engine if isinstance(engine, bool) else _at_least(release, mooncake_wheels.FIRST_MOONCAKE_WITH_PROBE)
     if not can_probe:
-        answers = _at_least(release, FIRST_MOONCAKE_THAT_ANSWERS)
+        answers = _at_least(release, mooncake_wheels.FIRST_MOONCAKE_THAT_ANSWERS)
         finding = f"{name} cannot send probes (it {'answers them' if answers else 'does not answer them either'})"
         do = (
-            f"install Mooncake {FIRST_MOONCAKE_WITH_PROBE} or later on the prefill nodes, "
-            f"{FIRST_MOONCAKE_THAT_ANSWERS} or later on the decode nodes"
+            f"install Mooncake {mooncake_wheels.FIRST_MOONCAKE_WITH_PROBE} or later on the prefill nodes, "
+            f"{mooncake_wheels.FIRST_MOONCAKE_THAT_ANSWERS} or later on the decode nodes"
         )
         return Line("error", "Mooncake", finding, do)
-    if wheel and not _at_least(release, FIRST_MOONCAKE_WITH_BOUND):
+    if wheel and not _at_least(release, mooncake_wheels.FIRST_MOONCAKE_WITH_BOUND):
         finding = f"{name} sends and answers probes; where packets are dropped it waits two minutes to connect"
-        return Line("warning", "Mooncake", finding, f"install {FIRST_MOONCAKE_WITH_BOUND} or later")
+        return Line("warning", "Mooncake", finding, f"install {mooncake_wheels.FIRST_MOONCAKE_WITH_BOUND} or later")
     bound = environment.get("MC_HANDSHAKE_CONNECT_TIMEOUT") or "5"
     return Line("ok", "Mooncake", f"{name}: sends and answers probes, gives up connecting after {bound} s")
 
 
 def _at_least(release: str, wanted: str) -> bool:
     """Compares releases by their numbers, which is enough for those of Mooncake and SGLang."""
-    return [int(part) for part in re.findall(r"\d+", release)] >= [int(part) for part in re.findall(r"\d+", wanted)]
+    numbers, least = ([int(part) for part in re.findall(r"\d+", text)] for text in (release, wanted))
+    return numbers >= least
 
 
 def _engine_line(engine: Any, wheel: Optional[_Wheel]) -> Line:
-    """Can the engine be imported, and if not, what is it that it lacks? ``engine`` is a bool, or why it cannot be."""
+    """Can the engine be imported, and if not, what is missing? ``engine`` is a bool, or why it cannot be imported."""
     subject = "mooncake.engine"
     if isinstance(engine, bool):
         return Line("ok", subject, "can be imported")
     library = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file", engine)
     if library is None:
-        do = "install Mooncake anew"
-        if wheel:
-            do = f"pip install --force-reinstall --no-deps {wheel.name}=={wheel.release}"
+        anew = f"pip install --force-reinstall --no-deps {wheel.name}=={wheel.release}" if wheel else ""
+        do = anew or "install Mooncake anew"
         return Line("error", subject, f"{subject} cannot be imported: {engine}", do, _STOPS)
     name = library.group(1)
     if name.startswith(("libcu", "libnv")):
@@ -401,7 +391,7 @@ def _engine_line(engine: Any, wheel: Optional[_Wheel]) -> Line:
 
 
 def _tent_line(why_no_probe: str) -> Line:
-    """What it means that Mooncake runs on TENT. ``why_no_probe``: what a probe did there, if that was no good."""
+    """What it means that Mooncake runs on TENT. ``why_no_probe``: what a probe did there, empty if probes are safe."""
     if why_no_probe:
         finding = f"Mooncake runs on TENT, where a probe {why_no_probe}: nothing is probed"
         return Line("error", "TENT", finding, mooncake_wheels.LEAVE_TENT)
@@ -446,7 +436,7 @@ def _look_at_package() -> Iterator[Line]:
 
 
 def version_of(distribution: str) -> str:
-    """The version of an installed distribution; empty if it is not there, or what it says of itself is no such text."""
+    """The version of an installed distribution; empty if it is not there, or its metadata cannot be read."""
     with contextlib.suppress(Exception):
         return importlib.metadata.version(distribution) or ""
     return ""
@@ -454,7 +444,7 @@ def version_of(distribution: str) -> str:
 
 def _home_of(installed: importlib.metadata.Distribution) -> pathlib.Path:
     """The folder that the installed package runs from: the checkout's where it is editable."""
-    with contextlib.suppress(TypeError, ValueError, KeyError):  # no such file, or not what we know
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # no such file, or another format
         origin = json.loads(installed.read_text("direct_url.json"))  # type: ignore[arg-type]
         if origin["dir_info"]["editable"]:
             return pathlib.Path(origin["url"].removeprefix("file://")).resolve()
@@ -467,7 +457,7 @@ _CHILD_AT_THE_DOOR = f"import sys; print('{_PACKAGE}.patch' in sys.modules)"
 def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Iterator[Line]:
     try:
         plugin_shut = _why_plugin_is_shut(points, environment)
-    except Exception as error:  # SGLang reads them as we do
+    except Exception as error:  # SGLang would raise the same
         finding = f"SGLang cannot read the entry points of this Python: {error}"
         do = f"reinstall the package of {' and of '.join(_broken_entry_points()) or 'one of them'}"
         yield Line("error", "plugin", finding, do, _STOPS)
@@ -476,7 +466,7 @@ def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]
     if not plugin_shut:
         yield Line("ok", "plugin", f"SGLang will load us, by the entry point in {_PLUGIN_GROUP}")
     elif points and not points.has("plugins"):
-        yield Line("info", "plugin", plugin_shut[0])  # nothing can be done about that
+        yield Line("info", "plugin", plugin_shut[0])  # nothing to do: the .pth file is there for it
     else:
         yield Line("warning" if not pth_shut else "error", "plugin", *plugin_shut)
     if not pth_shut:
@@ -489,7 +479,7 @@ def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]
 
 
 def _why_plugin_is_shut(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Optional[tuple[str, str]]:
-    """What keeps SGLang from loading us, and what to do about it; None if nothing."""
+    """Why SGLang will not load us as a plugin, and what to do about it; None if it will."""
     if points and not points.has("plugins"):
         return f"SGLang {points.release} loads no plugins (0.5.11 and later do)", ""
     entries = importlib.metadata.entry_points(group=_PLUGIN_GROUP)
@@ -512,7 +502,9 @@ def _broken_entry_points() -> Iterator[str]:
 
 
 def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]]:
-    """Starts a process as a node would be, the switch on, and sees whether we are in. None if we are."""
+    """Why the .pth file does not load us, and what to do about it; None if a process started with the switch on is
+    patched.
+    """
     flags = {"-I": sys.flags.isolated, "-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site}
     started_with = [flag for flag, is_set in {**flags, "-S": sys.flags.no_site}.items() if is_set]
     child = _child([*started_with, "-c", _CHILD_AT_THE_DOOR], {**environment, SWITCH: "1"})
@@ -534,7 +526,7 @@ def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]
 
 def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
     counts = ("without it recoveries are not counted", _PARTLY)
-    if points and points.has("native probe"):
+    if points and points.native_default:
         counts = ("SGLang's own MooncakeKVManager needs it", _STOPS)
     needed = {
         "wrapt": ("register_post_import_hook", "without it the patch cannot be put into SGLang", _NO_PROBE),
@@ -560,7 +552,7 @@ def _look_at_libraries(points: Optional[PatchPoints]) -> Iterator[Line]:
 
 
 def _newer_than_installed(distribution: str) -> str:
-    """What our package requires of a library, if that is newer than what is installed; else empty."""
+    """The requirement of our package that the installed version of a library is too old for; else empty."""
     release = version_of(distribution)
     with contextlib.suppress(Exception):
         for required in importlib.metadata.requires(_DISTRIBUTION) or ():
@@ -571,13 +563,6 @@ def _newer_than_installed(distribution: str) -> str:
 
 
 # Settings.
-
-
-def _settings() -> Optional[Any]:
-    """The class of our settings, None if its file is missing."""
-    with contextlib.suppress(OSError):
-        return load_settings().FailedSessionProbeSettings
-    return None
 
 
 def _look_at_switch(environment: Mapping[str, str], settings: Optional[Any]) -> tuple[Line, Optional[bool]]:
@@ -594,8 +579,8 @@ def _look_at_switch(environment: Mapping[str, str], settings: Optional[Any]) -> 
 
 
 def _look_at_settings(environment: Mapping[str, str], asked_for: Optional[bool], settings: Any) -> Iterator[Line]:
-    """The value of each setting, and whence it is; a value that is not allowed, in the words that would stop a node."""
-    bad = "error" if asked_for else "warning"  # switched off, nobody reads them
+    """The value of each setting and where it comes from, or the sentence with which a node would refuse it."""
+    bad = "error" if asked_for else "warning"  # they are read only where the switch is on
     refused = False
     for variable, field in settings.by_variable().items():
         if variable == SWITCH:
@@ -612,14 +597,14 @@ def _look_at_settings(environment: Mapping[str, str], asked_for: Optional[bool],
     if not refused:
         try:
             settings.from_environment({**environment, SWITCH: ""})
-        except ValueError as error:  # each is allowed, but not beside the others
+        except ValueError as error:  # each is allowed, but not all of them together
             yield Line(bad, "settings", str(error).rstrip("."), "change one of the two", _STOPS)
 
 
 def _look_at_misspelt(
     environment: Mapping[str, str], asked_for: Optional[bool], settings: Any, folder: Optional[pathlib.Path]
 ) -> Iterator[Line]:
-    """Variables that are nearly ours, and that nothing reads."""
+    """Variables whose names are nearly those of our settings: nothing reads them."""
     known = list(settings.by_variable())
     with contextlib.suppress(OSError, TypeError):
         text = (folder / "srt/environ.py").read_text(errors="replace")  # type: ignore[operator]
@@ -644,7 +629,7 @@ def _look_at_misspelt(
 def _look_at_metrics_folder(environment: Mapping[str, str], points: Optional[PatchPoints]) -> Iterator[Line]:
     subject = "PROMETHEUS_MULTIPROC_DIR"
     folder = environment.get(subject, "")
-    effect = _STOPS if points and points.has("native probe") else _PARTLY
+    effect = _STOPS if points and points.native_default else _PARTLY
     if not folder:
         yield Line("info", subject, "not set: SGLang makes a folder with --enable-metrics")
     elif not os.path.isdir(folder):

@@ -1,4 +1,4 @@
-"""How is a line logged so that neither what it tells of nor a logging filter or handler that raises does harm?"""
+"""How is a line logged so that neither a strange text in it nor a logging filter or handler that raises does harm?"""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def _shown(argument: object) -> object:
     if isinstance(argument, dict):
         return {name: _shown(value) for name, value in argument.items()}
     if isinstance(argument, list):
-        return "\n  ".join(map(printable, argument))  # set in: no line of it looks like one of the log
+        return "\n  ".join(map(printable, argument))  # indented, so that none of its lines looks like a log line
     return printable(argument) if isinstance(argument, str) else printable_repr(argument)
 
 
 class HarmlessLogger:
-    """Logs under a name, and raises nothing. Any thread.
+    """A logger that raises nothing. Any thread.
 
-    All arguments but numbers are for ``%s``: a text is shown as ``printable``, a list of lines one below the other, and
-    anything else as ``printable_repr``. A single dict fills a text with ``%(name)s``.
+    An argument that is no number is made a text: a string by ``printable``, a list of lines one below the other, and
+    anything else by ``printable_repr``. A single dict fills a text with ``%(name)s``.
     """
 
     def __init__(self, name: str) -> None:

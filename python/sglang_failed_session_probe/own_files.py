@@ -11,7 +11,7 @@ ENVIRON = "sglang.srt.environ"
 ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
 OLD_ENGINE = "sglang.srt.disaggregation.mooncake.transfer_engine"  # to 0.5.8.post1
 CONN = "sglang.srt.disaggregation.mooncake.conn"
-# SGLang's modules that a module of ours is run in: ours, and the class that must be there, if any.
+# For each of SGLang's modules that a file of ours runs in: our module, and the class that must be there, if any.
 PATCHED = {
     ENVIRON: (ENVIRON, ""),
     ENGINE: (ENGINE, "MooncakeTransferEngine"),
@@ -28,7 +28,7 @@ def source_folder() -> pathlib.Path:
 
 
 def file_of(module: str) -> pathlib.Path:
-    """Our file for the module of that name; there may be none."""
+    """Where our file for the module of that name would be; there may be none."""
     return source_folder().joinpath(*module.split(".")).with_suffix(".py")
 
 
@@ -44,7 +44,7 @@ def load_settings() -> types.ModuleType:
 
 
 def leave_sglang_out() -> None:
-    """Makes our files under ``sglang`` importable by their names without SGLang, whose import takes half a minute."""
+    """Makes our files importable by their names under ``sglang`` without SGLang, whose import takes half a minute."""
     package = types.ModuleType("sglang")
     package.__path__ = [str(source_folder() / "sglang")]
     sys.modules.setdefault("sglang", package)

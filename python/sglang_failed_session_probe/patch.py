@@ -24,12 +24,12 @@ from sglang_failed_session_probe.own_files import PATCHED, file_of
 
 _logger = HarmlessLogger(__name__)
 
-# What each of our files gives to SGLang's module: patch_failed_session_probe(patch, names of the module).
+# The function that each of our files must have: patch_failed_session_probe(patch, namespace of SGLang's module).
 _ENTRY = "patch_failed_session_probe"
 
 
 class _NewModules(importlib.abc.MetaPathFinder):
-    """Finds those of our modules that SGLang does not have. Last in line, so what SGLang has is SGLang's."""
+    """Finds our modules that SGLang does not have. It is asked last, so that SGLang's own modules come first."""
 
     def find_spec(
         self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[types.ModuleType] = None
@@ -48,7 +48,7 @@ class _NewModules(importlib.abc.MetaPathFinder):
 
 
 class Patch:
-    """All that was changed in this process, so that it can be taken back."""
+    """All changes made in this process, so that they can be taken back."""
 
     def __init__(self) -> None:
         self.active = True
@@ -57,12 +57,12 @@ class Patch:
         self._undo: list[tuple[Any, str, object]] = []
 
     def replace(self, owner: Any, name: str, value: object) -> None:
-        """Sets an attribute; ``uninstall`` gives it its old value back, or takes it away."""
+        """Sets an attribute; ``take_back`` restores its old value, or deletes it where there was none."""
         self._undo.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
 
     def give_up(self, missing: str) -> None:
-        """Takes everything back and says, once, what this release lacks. Any thread may call it."""
+        """Takes everything back and logs, once, what this release does not have. Any thread may call it."""
         if self.take_back():
             _logger.error(
                 "Failed-session probe is NOT active: SGLang %s has no %s. SGLang runs on unpatched; "
@@ -72,12 +72,12 @@ class Patch:
             )
 
     def take_back(self) -> bool:
-        """Undoes every change, the last one first; True if nobody has done so before. Any thread may call it."""
+        """Undoes every change, the last one first; True for the first call. Any thread may call it."""
         with self._lock:
             was_active, self.active = self.active, False
             while self._undo:
                 owner, name, before = self._undo.pop()
-                with contextlib.suppress(Exception):  # somebody else has taken it away meanwhile
+                with contextlib.suppress(Exception):  # somebody else may have deleted it
                     if before is _ABSENT:
                         delattr(owner, name)
                     else:
@@ -85,7 +85,6 @@ class Patch:
         return was_active
 
     def sglang_version(self) -> str:
-        """The release of SGLang in this process."""
         return getattr(sys.modules.get("sglang"), "__version__", "of unknown version")
 
 
@@ -95,7 +94,7 @@ _patch: Optional[Patch] = None
 
 
 def install() -> None:
-    """Has every module of SGLang that we change changed when it is imported, or now. May be called again."""
+    """Has SGLang's modules changed: each when it is imported, or now if it already is. May be called again."""
     global _patch
     if _patch is not None:
         return
@@ -106,7 +105,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes back what ``install`` has done; hooks that have not run yet do nothing."""
+    """Takes back what ``install`` has done; import hooks that run after this do nothing."""
     global _patch
     if _patch is not None:
         _patch.take_back()
@@ -130,7 +129,7 @@ def _change(module: types.ModuleType) -> None:
             return
         if _ENTRY not in vars(module):
             _run_in(module, source)
-        if patch.active:  # what the file imports may have given up meanwhile
+        if patch.active:  # the file imports other modules, whose patch may have given up
             vars(module)[_ENTRY](patch, vars(module))
     except Exception:
         patch.take_back()
@@ -143,7 +142,7 @@ def _change(module: types.ModuleType) -> None:
 
 
 def _run_in(module: types.ModuleType, source: pathlib.Path) -> None:
-    """Runs the file in the module; leaves the module as it was if that raises or changes a name that was there."""
+    """Runs the file in the module's namespace. Restores that if the file raises, or changes a name that was there."""
     names = vars(module)
     before = dict(names)
     try:

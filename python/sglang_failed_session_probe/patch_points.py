@@ -1,8 +1,8 @@
 """Does the patch fit this SGLang? Reads the files of an unedited release; imports neither SGLang nor what it needs.
 
-What the patch refuses at run time with an ERROR line is ``missing`` here, in the same words, where the code leaves no
-doubt; ``doubts`` is what looks odd and may work. Who else uses the blacklist, and whether with the lock held, is not
-read here: the matrix runs every stock release.
+``missing`` is what the patch would refuse at run time with an ERROR line, in the same words; ``doubts`` is what looks
+odd and may work. Who else uses the blacklist, and whether with the lock held, is not read here: the matrix runs every
+stock release.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _THE_SET = f"self.{_BLACKLIST}"
 _WRITERS = ("add", "update", "discard", "remove", "pop", "clear")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Names = dict[str, tuple[str, ast.stmt]]
-ON_BY_DEFAULT = f"{SWITCH} is on by default"
+_ON_BY_DEFAULT = f"{SWITCH} is on by default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class PatchPoints:
-    """What a release has of that which the patch needs."""
+    """What a release has of what the patch needs."""
 
     release: str
     missing: tuple[str, ...]
@@ -53,16 +53,20 @@ class PatchPoints:
 
     @property
     def fits(self) -> bool:
-        """True if nothing is missing and nothing doubtful."""
         return not self.missing and not self.doubts
 
+    @property
+    def native_default(self) -> str:
+        """Is the native probe "on" or "off" by default? Empty if the release has none."""
+        return ("on" if self.has(_ON_BY_DEFAULT) else "off") if self.has("native probe") else ""
+
     def has(self, name: str) -> bool:
-        """True if the finding of this name is there, e.g. "native probe", "teardown" or "plugins"."""
+        """True if what has this name was found, e.g. "native probe", "teardown" or "plugins"."""
         return any(finding.found for finding in self.findings if finding.name == name)
 
 
 def find_sglang() -> Optional[pathlib.Path]:
-    """The folder of the package that ``import sglang`` would find, wheel or editable; None if there is none."""
+    """The folder that ``import sglang`` would find, of a wheel or an editable install; None if there is none."""
     try:
         spec = importlib.util.find_spec("sglang")
     except (ImportError, ValueError):
@@ -73,7 +77,7 @@ def find_sglang() -> Optional[pathlib.Path]:
 
 
 def release_of(folder: pathlib.Path) -> str:
-    """The release as SGLang itself would say it, "of unknown version" if it does not."""
+    """The release as SGLang itself would say it, "of unknown version" where it would not."""
     for file in ("_version.py", "version.py"):
         if (folder / file).is_file():
             said = re.search(r"^__version__\b[^\n]*= *['\"]([^'\"]+)['\"]", (folder / file).read_text(), re.MULTILINE)
@@ -86,7 +90,7 @@ def release_of(folder: pathlib.Path) -> str:
 
 
 def examine(folder: pathlib.Path) -> PatchPoints:
-    """Reads the release whose package ``sglang`` is this folder. Takes some tenths of a second."""
+    """Reads the package ``sglang`` in this folder. Takes some tenths of a second."""
     return _Examination(folder).result()
 
 
@@ -102,7 +106,7 @@ def _at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _on_prefill(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all below it, without what only a DECODE manager runs."""
+    """The node and all below it, but not the branches that only a DECODE manager runs."""
     yield node
     left_out: list[ast.stmt] = []
     if isinstance(node, ast.If) and (asked := re.search(r" (?:==|is) .*\.(PREFILL|DECODE)$", ast.unparse(node.test))):
@@ -142,7 +146,7 @@ def _bound(statements: Iterable[ast.AST]) -> _Names:
 
 
 class _Examination:
-    """Goes through one release and notes what is there."""
+    """Looks in one release for everything that the patch needs."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
@@ -152,7 +156,6 @@ class _Examination:
         self._doubts: list[str] = []
 
     def result(self) -> PatchPoints:
-        """All that can be said of it."""
         self._look_for_manager()
         self._look_for_engine()
         self._look_for_settings()
@@ -164,7 +167,7 @@ class _Examination:
         return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
     def _tree(self, module: str) -> Optional[ast.Module]:
-        """None if the module is not there, or cannot be read by this Python."""
+        """None if there is no such module, or this Python cannot parse it."""
         if module not in self._trees:
             self._trees[module] = None
             with contextlib.suppress(OSError, SyntaxError, ValueError):
@@ -176,7 +179,7 @@ class _Examination:
         return _bound(_at_import(tree)) if tree else {}
 
     def _classes(self, module: str, name: str) -> list[tuple[str, ast.ClassDef]]:
-        """The class with its module and, after it, those of its base classes that are SGLang's."""
+        """The class and its module, then the same for its base classes as far as they are SGLang's."""
         origin, node = self._names(module).get(name, ("", None))
         if isinstance(node, ast.ClassDef):
             return [(module, node), *(each for base in node.bases for each in self._classes(module, ast.unparse(base)))]
@@ -189,7 +192,7 @@ class _Examination:
         return f"{self._path(module).relative_to(self._folder.parent)}:{node.lineno if node else 1}"
 
     def _note(self, name: str, where: str, missing: str = "", needed: bool = True) -> None:
-        """Notes where it is; if that is nowhere and there are words for it, that it is missing."""
+        """Notes where something is; if it is nowhere (""), ``missing`` says what is missing, if that matters."""
         self._findings.append(Finding(name, bool(where), where, needed))
         if missing and not where:
             self._missing.append(missing)
@@ -203,11 +206,11 @@ class _Examination:
         self._note(name, self._where(module, node) if node else "", f"{module}.{name}")
 
     def _look_for_free_names(self, module: str) -> None:
-        """Our file runs in SGLang's module: a name that both give a meaning of their own is taken."""
+        """Our file runs in SGLang's module, so no name may mean one thing there and another in our file."""
         theirs = self._names(module)
-        with contextlib.suppress(OSError, SyntaxError, ValueError):  # doctor names a file of ours that is broken
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # doctor says which file of ours is broken
             ours = ast.parse(file_of(PATCHED[module][0]).read_bytes())
-            for name, (origin, _) in _bound(ours.body).items():  # branches are for where SGLang is not
+            for name, (origin, _) in _bound(ours.body).items():  # what stands in branches is for use without SGLang
                 if name in theirs and not (origin and theirs[name][0] == origin):
                     self._findings.append(Finding("names are free", False, self._where(module, theirs[name][1])))
                     self._missing.append(f"free name {name} in {module}")
@@ -266,7 +269,7 @@ class _Examination:
             self._doubt(f"nothing adds to {_MANAGER}.{_BLACKLIST}")
 
     def _look_at_kind(self, name: str, module: str, value: ast.expr) -> None:
-        """Is the attribute of the kind that the patch counts on?"""
+        """Is the attribute of the kind that the patch relies on?"""
         said, where = ast.unparse(value), self._where(module, value)
         self._note(name, where)
         kind = "dict" if said == "{}" else said.partition("(")[0]
@@ -292,5 +295,5 @@ class _Examination:
             for name in ("EnvBool", "EnvFloat", "EnvInt"):
                 self._look_for_name(ENVIRON, name)
             on = [each for each in getattr(envs, "body", []) if ast.unparse(each) == f"{SWITCH} = EnvBool(True)"]
-            self._note(ON_BY_DEFAULT, self._where(ENVIRON, on[0]) if on else "", needed=False)
+            self._note(_ON_BY_DEFAULT, self._where(ENVIRON, on[0]) if on else "", needed=False)
         self._look_for_free_names(ENVIRON)

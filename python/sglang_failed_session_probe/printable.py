@@ -1,12 +1,9 @@
-"""How is what comes from outside written, so that it can neither forge a line nor reach a terminal's controls?"""
+"""How is a text from outside shown, so that it can neither forge a line nor control the terminal?"""
 
 from __future__ import annotations
 
-# A session id is cut only if its host is longer than any name can be.
-_MOST = 300
 
-
-def printable(text: str, most: int = _MOST) -> str:
+def printable(text: str, most: int = 300) -> str:  # no host name is so long that a session id would be cut
     """The text, cut after ``most`` characters, and escaped if any of them is not printable."""
     cut = text[:most]
     return (cut if cut.isprintable() else repr(cut)[1:-1]) + ("[...]" if len(text) > most else "")

@@ -1,4 +1,4 @@
-"""Does a decode node answer from this machine, and can its memory be read? Asks through a real Mooncake engine."""
+"""Does a decode node answer from this machine, and can its memory be read? Probes it through a real Mooncake engine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional
 
+from sglang_failed_session_probe.mooncake_wheels import TENT_VARIABLES
 from sglang_failed_session_probe.own_files import leave_sglang_out
 from sglang_failed_session_probe.printable import printable, printable_repr
 
@@ -22,29 +23,24 @@ if TYPE_CHECKING:
     from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
 INTERVAL_S = 1.0
-# A refused probe returns within milliseconds. One whose packets are dropped ends with the connect: after 5 s, the
-# default of MC_HANDSHAKE_CONNECT_TIMEOUT, or 134 s up to Mooncake 0.3.11. One that is connected waits 60 s for a reply.
-REFUSED_WITHIN_S = 0.5
+# A probe whose packets are dropped ends with the connect: after 5 s, the default of MC_HANDSHAKE_CONNECT_TIMEOUT, or
+# after 134 s up to Mooncake 0.3.11. One that is connected waits 60 s for a reply.
 SILENT_FOR_S = (55.0, 100.0)
-# A read that is rejected takes a second at most; one whose packets are dropped at least MC_TRANSFER_TIMEOUT's least.
+# A rejected read takes a second at most; one whose packets are dropped takes 5 s, the least MC_TRANSFER_TIMEOUT.
 READ_REJECTED_WITHIN_S = 4.0
 
-_LONGEST_UNHEARD_S = 0.25  # how long a Ctrl-C may go unheard
-_SAY_WAITING_AFTER_S = 1.0
 _ERASE_LINE = "\r\x1b[K"
-
-NOT_INSTALLED = (
+_NOT_INSTALLED = (
     "Mooncake is not installed here: run this where SGLang runs, or "
     "pip install 'sglang-failed-session-probe[mooncake-transfer-engine-non-cuda]'"
 )
 
 
 class _CannotProbe(Exception):
-    """There is no engine to ask with; the message says why and what to do."""
+    """There is no engine to probe with; the message says why and what to do."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``run`` needs."""
     parser.add_argument("session", metavar="HOST:PORT", type=_session, help="a session id, as SGLang's log names it")
     parser.add_argument("--count", metavar="N", type=_count, default=1, help="so many probes, a second apart")
     parser.add_argument(
@@ -63,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Probes and says what to check next; 0 if all probes were answered, and verified if that was wanted."""
+    """Probes and says what to check next; 0 if all probes were answered and, with ``--verify``, the reads worked."""
     leave_sglang_out()
     if not arguments.verbose:
         _mute_mooncake()
@@ -89,9 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclasses.dataclass
 class Answer:
-    """What one probe gave, and when."""
+    """How one probe ended."""
 
-    rc: int  # as from ``ask_and_listen``
+    rc: int  # of ``ask_and_listen``
     seconds: float
 
     def __str__(self) -> str:
@@ -144,7 +140,7 @@ def what_next(answer: Answer) -> str:
         )
     if answer.rc != session_probe.NO_ANSWER:
         return "run it again with --verbose: Mooncake's own log says more"
-    if answer.seconds < REFUSED_WITHIN_S:
+    if answer.seconds < session_probe.REFUSED_WITHIN_S:
         return (
             "nothing listens on that port, or the way there is rejected: is the decode node up, is this still its "
             "session (each start takes another port)?"
@@ -161,24 +157,17 @@ def what_next(answer: Answer) -> str:
 
 
 def _verify(engine: Any, session: str, address: int) -> bool:
-    from sglang.srt.disaggregation.mooncake.session_probe import (
-        READ_BYTES,
-        READS_AT_A_TIME,
-        MemoryReader,
-        ask,
-        transfer_timeout_s,
-    )
+    from sglang.srt.disaggregation.mooncake import session_probe
     from sglang.srt.disaggregation.mooncake.session_states import Verdict
 
-    # Reads whose packets are dropped stay pending: they are given up when Mooncake would give up a transfer.
-    ends_within_s = transfer_timeout_s()
-    reader = MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
+    reader = session_probe.MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
 
     def read() -> tuple[Any, str]:
-        if ask(engine, session) != 0:
+        if session_probe.ask(engine, session) != 0:
             return None, ""
         reads = reader.begin(session)
-        while (verdict := reads.look()) is None and reads.age_s() < ends_within_s:
+        # Reads whose packets are dropped stay pending: they are given up when Mooncake would give up a transfer.
+        while (verdict := reads.look()) is None and reads.age_s() < session_probe.transfer_timeout_s():
             time.sleep(0.001)
         return verdict or Verdict.UNREADABLE, reads.why or "reads of its memory have not ended"
 
@@ -186,7 +175,8 @@ def _verify(engine: Any, session: str, address: int) -> bool:
     verdict, why = _aside(session, read)
     seconds = time.monotonic() - began
     if verdict in (Verdict.READABLE, Verdict.READABLE_LATE, Verdict.READABLE_UNSEEN):
-        print(f"transfers work: {READS_AT_A_TIME} reads of {READ_BYTES} bytes at {address:#x} in {_duration(seconds)}")
+        reads = f"{session_probe.READS_AT_A_TIME} reads of {session_probe.READ_BYTES} bytes at {address:#x}"
+        print(f"transfers work: {reads} in {_duration(seconds)}")
         return True
     if verdict is Verdict.UNREADABLE:
         print(f"transfers fail: {why} after {_duration(seconds)}")
@@ -211,9 +201,9 @@ def _what_next_to_verify(verdict: Optional[Verdict], address: int, seconds: floa
 
 
 def _aside(session: str, job: Callable[[], Any]) -> Any:
-    """Gives what the job gives or raises what it raises, and says on a terminal that it waits.
+    """Returns or raises what the job does, and says on a terminal that it waits.
 
-    The job may hang in Mooncake, so it runs on a thread of its own; a Ctrl-C is heard meanwhile and ends it.
+    The job may hang in Mooncake, so it runs on a thread of its own, and a Ctrl-C ends it within a quarter of a second.
     """
     from sglang.srt.disaggregation.mooncake.hung_call import end_call
 
@@ -229,9 +219,9 @@ def _aside(session: str, job: Callable[[], Any]) -> Any:
     thread.start()
     began = time.monotonic()
     try:
-        while not concurrent.futures.wait([done], timeout=_LONGEST_UNHEARD_S).done:
+        while not concurrent.futures.wait([done], timeout=0.25).done:
             waited_s = time.monotonic() - began
-            if sys.stdout.isatty() and waited_s > _SAY_WAITING_AFTER_S:
+            if sys.stdout.isatty() and waited_s > 1.0:
                 print(f"{_ERASE_LINE}no answer yet, {waited_s:.0f} s", end="", flush=True)
     except BaseException:  # a thread that comes back while the interpreter shuts down would abort it
         end_call(thread.native_id or 0, session, thread.is_alive)
@@ -244,7 +234,7 @@ def _aside(session: str, job: Callable[[], Any]) -> Any:
 
 
 def _engine_towards(session: str, protocol: str) -> Any:
-    """An engine under the address that this machine has towards the peer. Raises _CannotProbe."""
+    """An engine with the address by which this machine reaches the peer. Raises _CannotProbe."""
     from sglang.srt.disaggregation.mooncake import session_probe, tent_probe
     from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import MooncakeTransferEngine
 
@@ -260,11 +250,11 @@ def _engine_towards(session: str, protocol: str) -> Any:
         elif not isinstance(error, ModuleNotFoundError):
             why = f"Mooncake cannot be imported: {why}"
         elif (error.name or "").startswith("mooncake"):
-            why = NOT_INSTALLED
+            why = _NOT_INSTALLED
         raise _CannotProbe(why) from error
     mooncake = session_probe.mooncake_version()
     if tent_probe.is_on():  # a probe may end the process, and reads are not safe
-        raise _CannotProbe(f"{mooncake} runs on TENT here: run this without MC_USE_TENT and MC_USE_TEV1")
+        raise _CannotProbe(f"{mooncake} runs on TENT here: run this without {' and '.join(TENT_VARIABLES)}")
     if not session_probe.can_probe(engine):
         needed = session_probe.FIRST_MOONCAKE_WITH_PROBE
         raise _CannotProbe(f"{mooncake} cannot probe: install Mooncake {needed} or later here")
@@ -283,7 +273,7 @@ def _own_address(session: str) -> str:
 
 
 def _mute_mooncake() -> None:
-    """Has what Mooncake's own code writes vanish; what this command writes goes where it went before."""
+    """Discards what Mooncake's own code writes; what this command writes goes where it went before."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, os.fdopen(os.dup(descriptor), "w", buffering=1))

@@ -1,9 +1,8 @@
-"""Which sessions do the prefill schedulers of this node refuse right now, and why? Reads the files that they keep."""
+"""Which sessions do the prefill schedulers of this node refuse right now, and why? Reads the files that they write."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.observability.failed_session_file import Scheduler
     from sglang.srt.observability.failed_session_rows import Row
 
-# One that blacklists writes once a second; every 20 s if it has blacklisted ten thousand.
+# While sessions are blacklisted the file is written once a second, or every 20 s if there are ten thousand of them.
 _OLD_S = 3.0
 _NOBODY = (
     "no scheduler with this probe is seen here: run this on a prefill node, in its container or one that shares "
@@ -27,7 +26,6 @@ _NOBODY = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``run`` needs."""
     table.add_arguments(parser)
 
 
@@ -36,56 +34,47 @@ def run(arguments: argparse.Namespace) -> int:
     KeyboardInterrupt.
     """
     leave_sglang_out()
-    node = _look()
+    schedulers, problems = _look()
     while arguments.watch:
-        _show(node, arguments.json, watching=True)
+        _show(schedulers, problems, arguments.json, watching=True)
         time.sleep(arguments.watch)
-        node = _look()
-    _show(node, arguments.json, watching=False)
-    return 1 if node.problems else 0
+        schedulers, problems = _look()
+    _show(schedulers, problems, arguments.json, watching=False)
+    return 1 if problems else 0
 
 
-@dataclasses.dataclass
-class _Node:
-    """What the schedulers of this node say, and what is wrong with other files, a line each."""
-
-    schedulers: list[Scheduler] = dataclasses.field(default_factory=list)
-    problems: list[str] = dataclasses.field(default_factory=list)
-
-
-def _look() -> _Node:
+def _look() -> tuple[list[Scheduler], list[str]]:
+    """What the schedulers of this node have written, and a line for each problem."""
     from sglang.srt.observability import failed_session_file
 
-    node = _Node()
+    schedulers, problems = [], []
     for path in failed_session_file.paths():
         try:
             scheduler = failed_session_file.read(path)
         except failed_session_file.Unreadable as why:
-            node.problems.append(f"{printable(str(path))} is left out: {why}")
+            problems.append(f"{printable(str(path))} is left out: {why}")
         else:
-            node.schedulers += [scheduler] if scheduler else []
-    node.schedulers.sort(key=lambda scheduler: (scheduler.uid, scheduler.pid, scheduler.rank))
-    if not node.schedulers:
-        node.problems.append(_NOBODY)
-    return node
+            schedulers += [scheduler] if scheduler else []
+    schedulers.sort(key=lambda scheduler: (scheduler.uid, scheduler.pid, scheduler.rank))
+    return schedulers, problems if schedulers else [*problems, _NOBODY]
 
 
-def _show(node: _Node, as_json: bool, watching: bool) -> None:
+def _show(schedulers: list[Scheduler], problems: list[str], as_json: bool, watching: bool) -> None:
     from sglang.srt.observability import failed_session_rows
 
     now = time.monotonic()
     pairs = [
         (scheduler, row)
-        for scheduler in node.schedulers
+        for scheduler in schedulers
         for row in sorted(scheduler.rows, key=lambda row: (not row.blacklisted, row.since))
         if not failed_session_rows.is_over(row, now)
     ]
-    said = [*node.problems, *_notes(node, now)]
+    said = [*problems, *_notes(schedulers, now)]
     lines = []
     if pairs:
         lines = table.aligned([_HEADINGS, *(_cells(*pair, now) for pair in pairs)], to_the_right=(2, 3))
-    elif node.schedulers:
-        lines = [f"nothing is blacklisted by scheduler {', '.join(map(_name, node.schedulers))}"]
+    elif schedulers:
+        lines = [f"nothing is blacklisted by scheduler {', '.join(map(_name, schedulers))}"]
     if as_json:
         table.show_json([_facts(*pair, now) for pair in pairs])
     elif watching:
@@ -96,10 +85,10 @@ def _show(node: _Node, as_json: bool, watching: bool) -> None:
         print(f"sglang-failed-session-probe sessions: {line}", file=sys.stderr)
 
 
-def _notes(node: _Node, now: float) -> list[str]:
-    """What is to be known beside the table."""
+def _notes(schedulers: list[Scheduler], now: float) -> list[str]:
+    """Where the table is old or not complete."""
     notes = []
-    for scheduler in node.schedulers:
+    for scheduler in schedulers:
         age_s, left_out = now - scheduler.written_at, scheduler.known - len(scheduler.rows)
         if age_s > _OLD_S and any(row.blacklisted for row in scheduler.rows):
             notes.append(f"scheduler {_name(scheduler)} is shown as it was {age_s:.0f} s ago")
@@ -140,7 +129,7 @@ def _cells(scheduler: Scheduler, row: Row, now: float) -> tuple[str, ...]:
 
 
 def _facts(scheduler: Scheduler, row: Row, now: float) -> dict[str, object]:
-    """A row as scripts get it; seconds are from now, or until now."""
+    """A row for scripts; moments are given as seconds ago or seconds from now."""
     from sglang.srt.observability.failed_session_rows import why
 
     def until(moment: float | None) -> float | None:

@@ -20,7 +20,7 @@ from sglang_failed_session_probe.printable import printable, printable_repr
 
 DEFAULT_URL = "http://127.0.0.1:30000/metrics"
 DEADLINE_S = 5.0
-# A blacklisted session that does not hang is asked within 0.55 s, so two readings this far apart tell how it answers.
+# A blacklisted session whose probe does not hang is probed within 0.55 s: two readings this far apart show the answers.
 APART_S = 1.0
 
 _OURS = "sglang:failed_session"
@@ -32,7 +32,7 @@ _BEYOND_COUNTING = 1e15
 
 @dataclasses.dataclass
 class Node:
-    """What one prefill node says of itself; None for what its page does not tell. Counts are since it started."""
+    """One prefill node's metrics, None for those that its page does not have. Counts are since it started."""
 
     url: str
     readable: bool = False
@@ -45,11 +45,10 @@ class Node:
     probes: dict[str, int] = dataclasses.field(default_factory=dict)
     outages: Optional[int] = None
     median_outage_s: Optional[float] = None
-    stuck: str = ""  # in words, and what to do
+    stuck: str = ""  # its state in words, with what to do about it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``run`` needs."""
     parser.add_argument(
         "--url", action="append", type=_url, help=f"a prefill node's metrics, may be repeated (default {DEFAULT_URL})"
     )
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Shows the table; 1 if the figures of any node could not be read. With ``--watch`` until a KeyboardInterrupt."""
+    """Shows the table; 1 if the metrics of any node could not be read. With ``--watch`` until a KeyboardInterrupt."""
     pages = _Pages(arguments.url or [DEFAULT_URL])
     before, nodes = None, pages.read()
     if any(node.blacklisted for node in nodes):
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Pages:
-    """The nodes' pages, read side by side. A page that never ends holds up one thread, however often it is read."""
+    """The nodes' pages, read side by side. A page that never ends occupies one thread, however often it is read."""
 
     def __init__(self, urls: list[str]) -> None:
         self._urls = urls
@@ -85,7 +84,7 @@ class _Pages:
         self._readings: dict[int, concurrent.futures.Future[Node]] = {}
 
     def read(self) -> list[Node]:
-        """What the nodes say now; takes DEADLINE_S at most, and a moment."""
+        """The nodes' metrics now. Takes little more than DEADLINE_S at most."""
         for place, url in enumerate(self._urls):
             if place not in self._readings or self._readings[place].done():
                 self._readings[place] = self._pool.submit(_read, url)
@@ -109,10 +108,8 @@ def _read(url: str) -> Node:
         if isinstance(reason, TimeoutError):
             return _silent(url)
         why = _in_words(getattr(reason, "strerror", None) or reason)
-        answers = isinstance(reason, (http.client.HTTPException, ssl.SSLError)) and not isinstance(
-            reason, http.client.RemoteDisconnected
-        )
-        if answers:
+        hung_up = isinstance(reason, http.client.RemoteDisconnected)
+        if isinstance(reason, (http.client.HTTPException, ssl.SSLError)) and not hung_up:
             protocol = url.partition(":")[0].upper()
             return Node(url, stuck=f"what answers there does not speak {protocol} ({why}): is this the right port?")
         return Node(url, stuck=f"no answer ({why}): is the node up, is this the right port?")
@@ -131,7 +128,7 @@ def _page(url: str) -> str:
 
 
 def _node(url: str, page: str) -> Node:
-    """What a page of metrics says. Raises whatever the parser does if it is none."""
+    """The metrics of a page. Raises whatever the parser does if it is no such page."""
     from prometheus_client.parser import text_string_to_metric_families
 
     ours = "".join(line + "\n" for line in page.split("\n") if _OURS in line)
@@ -184,7 +181,7 @@ def _whole(value: Optional[float]) -> Optional[int]:
 
 
 def _median(buckets: dict[float, float]) -> Optional[float]:
-    """An estimate from cumulated buckets; beyond the last bound, that bound. None if they are empty."""
+    """An estimate from cumulative buckets; the last bound if it lies beyond that. None if they are empty."""
     half = buckets.get(math.inf, 0.0) / 2
     if not 0 < half < math.inf:
         return None
@@ -207,7 +204,7 @@ def _explain(nodes: list[Node], before: Optional[list[Node]]) -> None:
 
 
 def _results_since(node: Node, before: Optional[Node]) -> dict[str, int]:
-    """How probes ended since the reading before; since its start if there was none or it has started meanwhile."""
+    """How probes ended since the last reading; since the node's start if there was none, or it has restarted since."""
     earlier = before.probes if before else {}
     if any(node.probes.get(result, 0) < count for result, count in earlier.items()):
         earlier = {}
@@ -243,17 +240,8 @@ def _show(nodes: list[Node], as_json: bool, watching: bool) -> None:
         table.show(table.aligned([_HEADINGS, *map(_row, nodes)], to_the_right=range(1, 7)), watching)
 
 
-_HEADINGS = (
-    "node",
-    "blacklisted",
-    "recoveries",
-    "blacklistings",
-    "drops",
-    "in flight",
-    "median outage",
-    "probes",
-    "state",
-)
+_COUNTS = ("blacklisted", "recoveries", "blacklistings", "drops")
+_HEADINGS = ("node", *_COUNTS, "in flight", "median outage", "probes", "state")
 
 
 def _row(node: Node) -> tuple[str, ...]:
@@ -264,10 +252,7 @@ def _row(node: Node) -> tuple[str, ...]:
     probes = ", ".join(f"{count} {result}" for result, count in node.probes.items() if count) or "-"
     return (
         printable(node.url.removeprefix("http://").removesuffix("/metrics"), table.LONGEST_CELL),
-        number(node.blacklisted),
-        number(node.recoveries),
-        number(node.blacklistings),
-        number(node.drops),
+        *(number(getattr(node, count)) for count in _COUNTS),
         f"{number(node.in_flight)}/{number(node.limit)}",
         outage,
         printable(probes, table.LONGEST_CELL),
@@ -281,13 +266,8 @@ def _row(node: Node) -> tuple[str, ...]:
 def _url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
-        good = (
-            text.isprintable()
-            and " " not in text
-            and parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-        )
+        is_web = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        good = is_web and text.isprintable() and " " not in text
     except ValueError:
         good = False
     if not good:

@@ -20,7 +20,6 @@ RED, YELLOW = 31, 33
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--watch`` and ``--json``."""
     parser.add_argument(
         "--watch",
         nargs="?",
@@ -43,7 +42,7 @@ def _seconds(text: str) -> float:
 
 
 def aligned(rows: Sequence[Sequence[str]], to_the_right: Container[int]) -> list[str]:
-    """Lines with the cells one below the other; the last of each row may be of any length."""
+    """A line for each row, with aligned columns; the last cell of a row may have any length."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for *cells, last in rows:
@@ -56,24 +55,23 @@ def aligned(rows: Sequence[Sequence[str]], to_the_right: Container[int]) -> list
 
 
 def coloured(text: str, colour: Optional[int]) -> str:
-    """The text in that colour where the terminal has colours."""
+    """The text in that colour, if standard output is a terminal and NO_COLOR is not set."""
     if not colour or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 def show(lines: list[str], watching: bool) -> None:
-    """Prints the lines; when watching below the time and, on a terminal, over what was there."""
+    """Prints the lines; when watching with the time above them and, on a terminal, in place of those before."""
     if not watching:
         print("\n".join(lines))
         return
     lines = [time.strftime("%H:%M:%S"), *lines]
-    if sys.stdout.isatty():  # to the top, over what was there, and away with the rest
+    if sys.stdout.isatty():  # moves to the top, overwrites what was there and erases the rest
         print("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J", end="", flush=True)
     else:
         print("\n".join(lines) + "\n", flush=True)
 
 
 def show_json(rows: list[dict[str, object]]) -> None:
-    """Prints the rows as one line."""
     print(json.dumps(rows), flush=True)

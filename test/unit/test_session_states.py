@@ -342,7 +342,7 @@ def test_while_nothing_can_be_read_into_a_peer_is_let_in_on_its_answers_and_coun
     prober.run(1.1)
     assert prober.let_in(D) == [(about(1.0), "Mooncake gave -1")]
     use_until(prober, 300)
-    assert prober.watch.verifying, "one refused page cost everybody the verification"
+    assert prober.watch.rules.verifying, "one refused page cost everybody the verification"
 
 
 def test_nobody_is_read_when_verification_is_switched_off() -> None:
@@ -838,7 +838,7 @@ def test_an_unverified_peer_that_is_used_and_healthy_for_two_probations_switches
     use_until(prober, 160)
     (off,) = prober.moments(Event.VERIFICATION_OFF)
     assert off == pytest.approx(31 + 2 * PROBATION_S, abs=2.1)
-    assert not prober.watch.verifying
+    assert not prober.watch.rules.verifying
     prober.fail(OTHER, peer=DATA_PORT_REJECTED)
     prober.run(1.1)
     assert prober.let_in(OTHER) == [(pytest.approx(161.0, abs=1.1), None)], "kept out by reads that prove nothing"
@@ -859,7 +859,7 @@ def test_where_reads_never_end_two_probations_switch_verification_off_too() -> N
     prober.fail(D, peer=READS_NEVER_END)
     prober.run(31)
     use_until(prober, 230)
-    assert not prober.watch.verifying, "everybody waits for INTERVAL, for good, for reads that prove nothing"
+    assert not prober.watch.rules.verifying, "everybody waits for INTERVAL, for good, for reads that prove nothing"
 
 
 @pytest.mark.parametrize("between", [1.0, 0.005])
@@ -876,9 +876,9 @@ def test_a_second_request_while_it_is_read_at_the_end_of_its_probation_does_not_
     use_until(prober, 140)
     assert len(prober.seen("read", D)) == reads + 1
     assert prober.seen("ended", D) == []
-    assert prober.watch.verifying, "switched off by one probation"
+    assert prober.watch.rules.verifying, "switched off by one probation"
     use_until(prober, 170)
-    assert not prober.watch.verifying
+    assert not prober.watch.rules.verifying
 
 
 def test_reads_that_hung_at_the_end_of_a_probation_and_then_end_well_leave_verification_on() -> None:
@@ -890,7 +890,7 @@ def test_reads_that_hung_at_the_end_of_a_probation_and_then_end_well_leave_verif
     (reads,) = prober.reads
     prober.show(reads, Verdict.READABLE_LATE)
     use_until(prober, 400)
-    assert prober.watch.verifying, "switched off though reads have shown that it can be read"
+    assert prober.watch.rules.verifying, "switched off though reads have shown that it can be read"
 
 
 def test_a_blip_at_the_end_of_a_probation_does_not_switch_verification_off() -> None:
@@ -904,7 +904,7 @@ def test_a_blip_at_the_end_of_a_probation_does_not_switch_verification_off() -> 
     assert prober.moments("read", D)[-1] > 90, "it was not read at the end of its probation"
     prober.becomes(D, HEALTHY)
     use_until(prober, 300)
-    assert prober.watch.verifying, "reads at one wrong moment cost everybody the verification"
+    assert prober.watch.rules.verifying, "reads at one wrong moment cost everybody the verification"
 
 
 def test_a_failure_between_two_probations_begins_the_proof_anew() -> None:
@@ -915,7 +915,7 @@ def test_a_failure_between_two_probations_begins_the_proof_anew() -> None:
         use_until(prober, prober.clock.now + PROBATION_S + 10)
         prober.fail(D)
         wait_until_let_in(prober, every_s=1)
-    assert prober.watch.verifying
+    assert prober.watch.rules.verifying
 
 
 def test_verification_is_switched_off_once_however_many_probations_end_at_that_moment() -> None:
@@ -946,7 +946,7 @@ def test_a_peer_that_is_not_unreadable_at_the_end_of_its_probation_leaves_verifi
     assert prober.moments("read", D) == [*looks, about(91.0)]
     prober.becomes(D, DATA_PORT_REJECTED)
     use_until(prober, 300)
-    assert prober.watch.verifying, "a peer that just took long to heal cost everybody the verification"
+    assert prober.watch.rules.verifying, "a peer that just took long to heal cost everybody the verification"
 
 
 @pytest.mark.parametrize("beside", [[], ["stopped:1"]])
@@ -959,7 +959,7 @@ def test_an_unverified_peer_that_nobody_used_teaches_nothing(beside: list[str]) 
         for session in beside:
             prober.request(session)
     assert prober.let_in(D)
-    assert prober.watch.verifying
+    assert prober.watch.rules.verifying
 
 
 def test_a_registration_on_probation_is_no_use_that_teaches() -> None:
@@ -974,7 +974,7 @@ def test_a_registration_on_probation_is_no_use_that_teaches() -> None:
     prober.run(1)
     assert prober.moments("read", D) == looks
     use_until(prober, 200)
-    assert prober.watch.verifying, "verification was switched off though no transfer was done"
+    assert prober.watch.rules.verifying, "verification was switched off though no transfer was done"
 
 
 def test_an_unverified_peer_that_is_used_only_for_a_while_teaches_nothing() -> None:
@@ -986,7 +986,7 @@ def test_an_unverified_peer_that_is_used_only_for_a_while_teaches_nothing() -> N
     for _ in range(20):
         prober.request("stopped:1")
         prober.run(60)
-    assert prober.watch.verifying
+    assert prober.watch.rules.verifying
 
 
 # Probation and hold.

@@ -25,7 +25,7 @@ _PROBE_MAX_INTERVAL = "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S"
 # float() and int() take more than an operator can mean: 1_0, digits of any script, signs.
 _PROBE_SECONDS = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _PROBE_COUNT = re.compile(r"0*([1-9][0-9]{0,4})")
-# What a thousand sessions are divided by must leave a number.
+# The number of sessions is divided by this.
 _PROBE_LEAST_S = 1e-300
 _PROBE_MOST = 10_000
 
@@ -114,7 +114,7 @@ def _probe_count(variable: str, value: str) -> int:
 
 
 def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
-    """Makes the settings fields of SGLang's ``envs``, where the release has it and lacks them.
+    """Makes the settings fields of SGLang's ``envs``, where the release has ``envs`` and not these fields.
 
     ``patch.replace(owner, name, value)`` sets an attribute so that it can be undone; ``sglang`` is the namespace of
     SGLang's module. Runs in the thread that imports SGLang's module.
@@ -126,5 +126,5 @@ def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
     for variable, ours in FailedSessionProbeSettings.by_variable().items():
         if not hasattr(owner, variable):
             field = sglang[types[type(ours.default)]](ours.default)
-            field.name = variable  # assigned from outside the class body, it is not told its name
+            field.name = variable  # a field that is assigned outside the class body does not learn its name
             patch.replace(owner, variable, field)

@@ -1,8 +1,8 @@
-"""How does another process of this node learn what a scheduler knows of its sessions? From a file that it keeps.
+"""How does another process of this node learn what a scheduler knows of its sessions? From a file that it writes.
 
-Each line of it is JSON: one about the scheduler, then one for each session. The scheduler has a lock on its file as
-long as it lives, in whatever container that is; a forked child has none. What nobody has a lock on was left by a
-scheduler that was killed.
+Each line of it is JSON: one about the scheduler, then one for each session. A scheduler holds a lock on its file as
+long as it lives, in whatever container that is; a forked child does not. A file without a lock was left by a scheduler
+that was killed.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from sglang_failed_session_probe.printable import printable, printable_repr
 
 _PREFIX = "sglang-failed-sessions-"
 _FORMAT = 1
-# A row is some 300 bytes, so that no file of ours comes near the limit.
+# A row has some 300 bytes, so no file of ours comes near the limit.
 _MOST_ROWS = 10_000
 _MOST_BYTES = 16 << 20
 
 
 def folders() -> list[pathlib.Path]:
-    """Where a scheduler's file may be. Every container can write to the first, also where its root is read-only."""
+    """Where a scheduler's file may be. Every container can write to the first, also if its root is read-only."""
     found = ["/dev/shm"]
-    with contextlib.suppress(OSError):  # nothing can be written anywhere
+    with contextlib.suppress(OSError):  # there is no other folder to write to
         found.append(tempfile.gettempdir())
     return [pathlib.Path(folder) for folder in dict.fromkeys(found)]
 
 
 def paths() -> Iterator[pathlib.Path]:
-    """What may be files of this node's schedulers, dead ones and other users' included."""
+    """What may be files of this node's schedulers, with those of dead ones and of other users."""
     for folder in folders():
         yield from sorted(path for path in folder.glob(f"{_PREFIX}*") if path.suffix != ".new")
 
@@ -53,7 +53,7 @@ _own_names: set[str] = set()  # of the files of this process
 
 
 class SessionsFile:
-    """The file of one scheduler, ``rank`` in words. Raises nothing. For one thread."""
+    """The file of one scheduler; ``rank`` is in words. Raises nothing. For one thread."""
 
     def __init__(
         self,
@@ -69,13 +69,13 @@ class SessionsFile:
         _own_names.add(self._name)
         self._path: Optional[pathlib.Path] = None
         self._locked: Optional[IO[str]] = None
-        self._is_out_of_date = True  # who has blacklisted nobody yet is to be seen, too
+        self._is_out_of_date = True  # a scheduler is to be seen before it has blacklisted anybody
         self._next_at = clock()
         self._fault_said = False
 
     def write_if_due(self, watch: SessionWatch) -> Optional[float]:
-        """Writes what the watch knows, if that is due. Gives the seconds until it is again, None once it is written
-        that nothing is blacklisted. ``session_lock`` is not held, and not needed.
+        """Writes what the watch knows, if that is due. Returns the seconds until it is due again, None once the file
+        says that nothing is blacklisted. ``session_lock`` is not held, and not needed.
         """
         least_gap_s, gap_per_write = 1.0, 200.0  # half a percent of a core at most
         blacklisted = len(watch.sessions) > 0
@@ -94,7 +94,6 @@ class SessionsFile:
         return max(0.0, self._next_at - now) if self._is_out_of_date else None
 
     def remove(self) -> None:
-        """The scheduler has no blacklist any more."""
         if self._path is not None:
             _remove(self._path)
         if self._locked is not None:
@@ -117,7 +116,7 @@ class SessionsFile:
         raise faults[0]
 
     def _replace(self, path: pathlib.Path, watch: SessionWatch, now: float) -> None:
-        """Puts a new file in place of the one before: nobody sees half of one, nor one that is not locked yet."""
+        """Puts a new file in place of the one before, so that nobody reads half a file or one without a lock."""
         new = _new(path)
         file = open(new, "x", encoding="ascii", opener=_open_new)  # noqa: SIM115 as long as it is open it is locked
         try:
@@ -129,7 +128,7 @@ class SessionsFile:
             os.rename(new, path)
         except BaseException:
             _remove(new)
-            with contextlib.suppress(OSError):  # it is flushed once more
+            with contextlib.suppress(OSError):  # close flushes again
                 file.close()
             raise
         if self._locked is not None:
@@ -163,9 +162,9 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def remove_dead() -> None:
-    """Removes what schedulers have left that were killed. Raises nothing."""
+    """Removes the files of schedulers that were killed. Raises nothing."""
     for path in paths():
-        if path.name not in _own_names:  # this process would lose its own lock by looking
+        if path.name not in _own_names:  # a process that closes its own file loses the lock on it
             with contextlib.suppress(Exception):
                 read(path)
 
@@ -174,19 +173,19 @@ def remove_dead() -> None:
 
 
 class Unreadable(Exception):
-    """It is no file of a scheduler, or not this user's; the message says which."""
+    """It is no file of a scheduler, or another user's; the message says which."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """What one scheduler has written of itself and its sessions."""
+    """What one scheduler has written about itself and its sessions."""
 
     uid: int
-    pid: int  # as it sees itself, which is another number outside of its container
+    pid: int  # as in its container, outside of which it has another one
     rank: str
     can_probe: bool
     written_at: float
-    known: int  # so many sessions, of which the first are in rows
+    known: int  # how many sessions it knows; rows may leave some out
     rows: list[Row]
 
 
@@ -195,14 +194,14 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if origin is typing.Union else (origin or hint,)
 
 
-# Of each record the fields, and what each of them may be.
+# The types that each field of a record may have.
 _FIELDS: dict[Any, dict[str, tuple[Any, ...]]] = {
     record: {name: _kinds(hint) for name, hint in typing.get_type_hints(record).items()} for record in (Scheduler, Row)
 }
 
 
 def read(path: pathlib.Path) -> Optional[Scheduler]:
-    """What a scheduler has written; None if it is dead, and then the file is removed where that is allowed.
+    """What a scheduler has written; None if it is dead, and then the file is removed if that is allowed.
 
     Raises Unreadable. Not for the process that writes the file: it would lose its lock.
     """
@@ -226,13 +225,13 @@ def read(path: pathlib.Path) -> Optional[Scheduler]:
             if scheduler.written_at > time.monotonic() + 1.0:
                 raise Unreadable("it was written by another clock than this machine's")
             return scheduler
-        if os.fstat(descriptor).st_nlink:  # it is still what has that name
+        if os.fstat(descriptor).st_nlink:  # no newer file has replaced it
             _remove(path)
             _remove(_new(path))
             return None
     finally:
         os.close(descriptor)
-    return read(path)  # another was put in its place meanwhile
+    return read(path)  # the newer one
 
 
 def _why_not_opened(path: pathlib.Path, error: OSError) -> str:
@@ -272,7 +271,7 @@ def _parsed(text: bytes, uid: int) -> Scheduler:
 
 
 def _is_one_of(kinds: tuple[Any, ...], value: object) -> bool:
-    """True if the value, read from JSON, is of one of the kinds; numbers are finite, and not beyond counting."""
+    """True if the value, read from JSON, has one of the types and, if it is a number, a size that makes sense."""
     if isinstance(value, (int, float)) and not -1e15 < value < 1e15:
         return False
     return type(value) in kinds or (type(value) is int and float in kinds)

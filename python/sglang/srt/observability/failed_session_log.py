@@ -1,6 +1,6 @@
-"""Which line does an operator read for which event of a blacklisted session?
+"""Which log line does an operator read for which event of a blacklisted session?
 
-When a rack goes, the first sessions are named and the others counted.
+When a whole rack fails, the first sessions are named and the others counted.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from sglang_failed_session_probe import mooncake_wheels
 from sglang_failed_session_probe.harmless_logger import logger
 from sglang_failed_session_probe.printable import printable_repr
 
-# Lines of a kind that are said in a spell, enough for a decode instance of two nodes; the others are summed up in one.
+# So many lines of a kind are logged in a spell, enough for a decode instance of two nodes; the others are counted.
 LINES_IN_A_SPELL = 20
 SPELL_S = 10.0
 
 
 class _Line(NamedTuple):
-    """What is said of a session; ``kind`` names those that are summed up."""
+    """A log line about a session; ``kind`` says what is counted where lines are left out."""
 
     kind: str
     text: str
     level: int = logging.WARNING
 
 
-# Fields of the texts are the details of the event, and what ``FailedSessionLog.heard`` adds.
+# The fields of the texts are the details of the event, and what ``FailedSessionLog.heard`` adds.
 _LINES = {
     Event.BLACKLISTED: _Line(
         "sessions blacklisted",
@@ -94,7 +94,7 @@ _PROBE_RAISED = _Line(
 
 @dataclasses.dataclass
 class _Spell:
-    """From the first time that a line is said on, SPELL_S long."""
+    """The SPELL_S after a line of a kind was logged for the first time."""
 
     began: float
     said: int = 0
@@ -104,7 +104,7 @@ class _Spell:
 
 
 class FailedSessionLog:
-    """What one manager says of its sessions; with ``can_probe`` they are probed. Any thread, no lock held."""
+    """What one manager logs about its sessions; ``can_probe``: they are probed. Any thread, no lock held."""
 
     def __init__(self, can_probe: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._until = (
@@ -116,11 +116,11 @@ class FailedSessionLog:
         self._crowded = False
 
     def heard(self, event: Event, session: Any, details: dict[str, Any]) -> None:
-        """Says what happened to the session."""
+        """Logs what happened to the session."""
         if event in (Event.RECOVERED, Event.DROPPED):
             self._raising.forget(session)
         if event is Event.BLACKLISTED and (details["relapses"] or not session_watch.is_session_id(session)):
-            return  # the line of HELD or MALFORMED says it
+            return  # the line of HELD or MALFORMED says so
         fields = {
             **details,
             "session": session,
@@ -144,13 +144,13 @@ class FailedSessionLog:
         )
 
     def probe_raised(self, session: str, error: BaseException) -> None:
-        """Says it once a session, until that is let in again or forgotten."""
+        """Logs it once for each session, until that is let in again or forgotten."""
         if not self._raising.is_new(session):
             return
         self._say(_PROBE_RAISED, {"session": session, "error": error})
 
     def page_refused(self, why: str) -> None:
-        """Says that no peer's memory can be read for now."""
+        """Logs that no peer's memory can be read for now."""
         logger.warning(
             "Failed-session probe: %s, so no peer's memory can be read for now: sessions are let in when they answer "
             "probes. It is tried again",
@@ -158,7 +158,7 @@ class FailedSessionLog:
         )
 
     def stuck(self, number: int, most: int) -> None:
-        """Says when as many probes are under way as may be; again only after half of them have come back."""
+        """Logs that as many probes are under way as may be; again only after half of them have returned."""
         if number >= most and not self._crowded:
             self._crowded = True
             logger.warning(
@@ -168,7 +168,7 @@ class FailedSessionLog:
             self._crowded = False
 
     def sum_up(self, at_once: bool = False) -> None:
-        """Says how many lines were left out in the spells that are over; with ``at_once`` in all, once in each."""
+        """Logs how many lines were left out in spells that are over; with ``at_once`` in all, once for each."""
         now = self._clock()
         for line, spell in list(self._spells.items()):
             over = now >= spell.began + SPELL_S
@@ -185,7 +185,7 @@ class FailedSessionLog:
                 spell.left_out, spell.summed_up = 0, True
 
     def _say(self, line: _Line, fields: dict[str, Any]) -> None:
-        """Says the line, or leaves it out for the sum of its kind."""
+        """Logs the line, or leaves it out and counts it."""
         self.sum_up()
         now = self._clock()
         spell = self._spells.setdefault(line, _Spell(now))

@@ -1,7 +1,7 @@
 """Which Prometheus metrics tell what the failed-session probe does?
 
-``prometheus_client`` chooses its storage when it is imported, and SGLang's launcher does so before that is settled.
-So it is imported on first use only: in the prefill scheduler, when the first manager starts.
+``prometheus_client`` chooses its storage when it is imported, which in SGLang's launcher would be too early. So it is
+imported on first use only: in the prefill scheduler, when the first manager starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sglang.srt.disaggregation.mooncake.session_watch import Event
 from sglang_failed_session_probe.harmless_logger import logger
 
 RESULTS = ("answered", "unanswered", "error", "unavailable", "unverified")
-# A live peer answers in 0.2 ms, a dropped attempt to connect ends after 5 s, one that hangs after 60 s.
+# A live peer answers in 0.2 ms; a probe whose packets are dropped ends after 5 s, one that hangs after 60 s.
 _PROBE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _OUTAGE_SECONDS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 
@@ -39,7 +39,7 @@ class _LazyMetric:
         return getattr(self.register(), name)
 
     def register(self) -> Any:
-        """Has Prometheus know the metric, and gives Prometheus's own object."""
+        """Registers the metric with Prometheus, unless it is; returns Prometheus's own object."""
         if self._metric is None:
             with self._lock:
                 if self._metric is None:
@@ -88,7 +88,7 @@ _fault_said = threading.Event()
 
 @contextlib.contextmanager
 def harmless() -> Iterator[None]:
-    """Around each use of a metric: one that fails (PROMETHEUS_MULTIPROC_DIR is gone) is said once and stops nothing."""
+    """For each use of a metric: one that fails (PROMETHEUS_MULTIPROC_DIR is gone) is logged once and stops nothing."""
     try:
         yield
     except Exception:
@@ -109,7 +109,7 @@ class FailedSessionMetrics:
         self._dead_may_be_left = False
 
     def start(self, most_stuck: int) -> None:
-        """Registers every metric, so that each can be scraped from now on."""
+        """Registers every metric, so that each can be scraped from the start."""
         for metric in _FROM_THE_START:
             with harmless():
                 metric.register()
@@ -121,12 +121,12 @@ class FailedSessionMetrics:
             _forget_dead_processes()
 
     def stop(self) -> None:
-        """The manager is torn down: nothing of it is left in the gauges."""
+        """Takes the manager, which is torn down, out of the gauges."""
         for gauge in (_BLACKLISTED, _IN_FLIGHT, _LIMIT):
             self._show(gauge, 0)
 
     def probed(self, ended: Sequence[tuple[str, Optional[float]]]) -> None:
-        """Probes and verifications ended, each with one of RESULTS and, if it is a probe that returned, its seconds."""
+        """Counts probes and verifications, each with one of RESULTS and, for a probe that returned, its duration."""
         with harmless():
             for result, number in Counter(result for result, _ in ended).items():
                 _PROBES.labels(result).inc(number)
@@ -135,7 +135,7 @@ class FailedSessionMetrics:
                     _PROBE_DURATION.observe(took_s)
 
     def heard(self, event: Event, details: dict[str, Any]) -> None:
-        """Counts an event of the blacklist; recoveries are counted by who knows SGLang's counter."""
+        """Counts an event of the blacklist, but no recoveries: ``conn`` does that, which has SGLang's counter."""
         with harmless():
             if event is Event.BLACKLISTED:
                 self._dead_may_be_left = True
@@ -147,7 +147,7 @@ class FailedSessionMetrics:
                     _UNPROVEN.inc()
 
     def show(self, blacklisted: int, in_flight: int) -> None:
-        """Sets the gauges. Costs next to nothing if they are as before."""
+        """Sets the gauges. Costs next to nothing if nothing has changed."""
         self._show(_BLACKLISTED, blacklisted)
         self._show(_IN_FLIGHT, in_flight)
         if self._dead_may_be_left:
@@ -159,19 +159,19 @@ class FailedSessionMetrics:
         with harmless(), self._shown_lock:
             change = value - self._shown.get(gauge, 0)
             if change:
-                gauge.inc(change)  # another manager of this process may have its share
+                gauge.inc(change)  # it is shared with other managers of this process
                 self._shown[gauge] = value
 
 
-# The gauges of live processes are summed. Those of dead ones must be taken out; prometheus_client does not.
-# It names their files after the pid, which says nothing to a container beside this one that shares the folder. So the
-# files of our gauges have names of their own, and each process holds a lock as long as it lives.
+# A scrape sums the gauges of all processes. Those of dead ones must be removed; prometheus_client does not do so. It
+# names the files after the pid, which means nothing in another container that shares the folder. So the files of our
+# gauges have names of their own, and each process holds a lock as long as it lives.
 
 _LOCK = "failed_session_probe_{}.lock"
 
 
 def _with_file_of_its_own(*arguments: Any, **options: Any) -> Any:
-    """Makes a gauge. The caller holds the lock of all metrics."""
+    """Makes a gauge whose file has a name of our own. The caller holds the lock of all metrics."""
     from prometheus_client import Gauge, values
 
     usual = values.ValueClass
@@ -181,7 +181,7 @@ def _with_file_of_its_own(*arguments: Any, **options: Any) -> Any:
         made = Gauge(*arguments, **options)
     finally:
         values.ValueClass = usual
-    made.set(0)  # under its pid, a dead process may have left a file
+    made.set(0)  # where the name is the pid, a dead process may have left a file
     return made
 
 
@@ -194,28 +194,28 @@ def _our_values() -> Any:
 
 @functools.cache  # until a fork
 def _claimed(pid: int) -> tuple[str, object]:
-    """What stands for the pid in the names of our gauges' files, and the lock that says that this process lives.
+    """The name in place of the pid for the files of our gauges, and the lock that shows that this process lives.
 
-    Where there can be no lock it is the pid, and nobody deletes the file.
+    Where no lock can be had, the name is the pid, and nobody deletes the files.
     """
     try:
         name = f"{pid}-{secrets.token_hex(8)}-{_boot()}"
         path = pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], _LOCK.format(name))
         lock = path.with_suffix(".new").open("w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.rename(lock.name, path)  # whoever sees it finds it locked
+        os.rename(lock.name, path)  # only now, so that nobody finds it without the lock
     except (OSError, KeyError):
         return str(pid), None
     return name, lock
 
 
 def _boot() -> str:
-    """Of this machine: the locks of another one that shares the folder may not be seen here."""
+    """The boot id of this machine: locks of another machine that shares the folder may not work here."""
     return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _forget_dead_processes() -> None:
-    """Takes what dead processes of this machine left out of the sums of our gauges."""
+    """Removes the gauges of dead processes of this machine."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     own, lock = _claimed(os.getpid())
     if not folder or lock is None:
@@ -224,9 +224,9 @@ def _forget_dead_processes() -> None:
 
     for path in pathlib.Path(folder).glob(_LOCK.format(f"*-{_boot()}")):
         name = path.stem.removeprefix(_LOCK.partition("{")[0])
-        if name == own:  # to close it once more would let go of the lock
+        if name == own:  # to open and close it would release the lock
             continue
-        with contextlib.suppress(OSError), path.open("r+") as other:  # it lives, or another process was first
+        with contextlib.suppress(OSError), path.open("r+") as other:  # the process lives, or somebody else was first
             fcntl.lockf(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mark_process_dead(name)  # type: ignore[no-untyped-call]
             path.unlink()

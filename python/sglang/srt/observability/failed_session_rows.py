@@ -1,7 +1,7 @@
 """What does an operator read of each session: since when is it out, and why is it not let in yet?
 
-A row holds moments of a monotonic clock, which all processes of a machine share. The words are made of it where it is
-read: so they are true then, and cost the scheduler nothing.
+A row holds moments of a monotonic clock, which all processes of a machine share. The reader puts it into words: so they
+are true when they are read, and cost the scheduler nothing.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Row(NamedTuple):
     refused: int  # requests
     probed_at: float
     probe_said: str  # in words; empty before the first probe
-    hangs_since: Optional[float]  # when the probe was made that is under way for longer than that of a live peer
-    settled_at: Optional[float]  # from when on its answers count; None if it does not answer
+    hangs_since: Optional[float]  # when the probe was made that takes longer than a live peer's
+    settled_at: Optional[float]  # when it has answered for SETTLE; None if it does not answer
     held_until: float
     reads_said: str  # in words; empty before the first reads
-    reads_since: Optional[float]  # when the reads were begun that have not ended
-    unreadable: str  # why its memory cannot be read, or was not when it was let in; else empty
+    reads_since: Optional[float]  # when the pending reads were begun
+    unreadable: str  # why its memory cannot be read; on probation: why it was let in unverified; else empty
     opens_at: Optional[float]  # when it is let in unverified, if it answers until then
-    turn_at: Optional[float]  # when it is read next, if it waits for that
+    turn_at: Optional[float]  # when it is read next, if it waits for its turn
     next_at: Optional[float]  # when it is probed next
-    ends_at: float  # when it is forgotten if no request wants it; on probation: when that is over, or sooner
+    ends_at: float  # when it is forgotten if no request wants it; on probation: the latest end of that
 
 
 def rows_of(watch: SessionWatch, now: float) -> Iterator[Row]:
@@ -43,7 +43,7 @@ def rows_of(watch: SessionWatch, now: float) -> Iterator[Row]:
 
 
 def _row(known: Session, call: Optional[Call], now: float) -> Row:
-    """Reads what may change meanwhile once."""
+    """Reads each attribute once that another thread may change."""
     answered_since, reads_since, due_at, unreadable = (
         known.answered_since,
         known.reads_since,
@@ -51,7 +51,7 @@ def _row(known: Session, call: Optional[Call], now: float) -> Row:
         known.unreadable,
     )
     if call is not None and call.answered:
-        reads_since = call.asked_at  # it has not come back from beginning to read
+        reads_since = call.asked_at  # the call is still beginning to read
     hangs = call is not None and not call.answered and now >= call.asked_at + Places.YOUNG_S
     may_open = answered_since is not None and (unreadable or reads_since is not None)
     return Row(
@@ -75,12 +75,12 @@ def _row(known: Session, call: Optional[Call], now: float) -> Row:
 
 
 def is_over(row: Row, now: float) -> bool:
-    """True if it is on probation no more: its scheduler runs no timer for that, and writes nothing."""
+    """True if its probation is over, for whose end the scheduler runs no timer and writes no file."""
     return not row.blacklisted and now >= row.ends_at
 
 
 def why(row: Row, can_probe: bool, now: float) -> str:
-    """Why it is not let in yet or, on probation, for how much longer and whether it was verified."""
+    """Why it is not let in yet or, on probation, how long that lasts and whether it was verified."""
     if not row.blacklisted:
         unverified = f"; let in unverified: {row.unreadable}" if row.unreadable else ""
         return f"let in again, on probation for {seconds(row.ends_at - now)} more at most{unverified}"
@@ -113,5 +113,4 @@ def _why_out(row: Row, now: float) -> str:
 
 
 def seconds(duration: float) -> str:
-    """A duration as an operator reads it."""
     return f"{duration:.1f} s" if duration < 100.0 else f"{duration:.0f} s"

@@ -1,7 +1,7 @@
-"""The blacklist: how does a set hear its own changes, and whom does it tell?
+"""The blacklist: how does a set notice its own changes, and whom does it tell?
 
-SGLang calls ``add``, ``discard``, ``remove``, ``clear`` and ``in``, always with ``session_lock`` held. So what is here
-takes no lock and never blocks.
+SGLang calls ``add``, ``discard``, ``remove``, ``clear`` and ``in``, always with ``session_lock`` held. So nothing here
+takes a lock or blocks.
 """
 
 from __future__ import annotations
@@ -16,30 +16,21 @@ _in_set = set.__contains__  # looked up once: `in` runs for every chunk
 
 
 class Listener(Protocol):
-    """Who is told of changes. Each method is called with ``session_lock`` held, after the set itself has changed."""
+    """Who is told of changes, with ``session_lock`` held, after the set itself has changed: ``SessionWatch``."""
 
     @property
     def known(self) -> Container[Any]:
-        """``in`` is told of these sessions alone."""
+        """``requested`` is called for these sessions alone."""
 
-    def failed(self, session: Any) -> None:
-        """A transfer to the session failed: it was added, be it for the first time or again."""
-
-    def left(self, session: Any) -> None:
-        """The session was taken off, because its peer registered again."""
-
-    def cleared(self) -> None:
-        """All sessions were taken off."""
-
-    def requested(self, session: Any) -> None:
-        """A request looked the session up."""
-
-    def fault(self, session: Any, error: str) -> None:
-        """One of the others raised; ``error`` is the traceback."""
+    def failed(self, session: Any) -> None: ...
+    def left(self, session: Any) -> None: ...
+    def cleared(self) -> None: ...
+    def requested(self, session: Any) -> None: ...
+    def fault(self, session: Any, error: str) -> None: ...
 
 
 class FailedSessions(set[Any]):
-    """SGLang's ``failed_sessions``. A fault of the listener leaves SGLang with a plain set."""
+    """SGLang's ``failed_sessions``. If the listener raises, it still is the set that SGLang expects."""
 
     __slots__ = ("__dict__", "_known")  # a slot is found sooner than an entry of __dict__
 
@@ -64,36 +55,30 @@ class FailedSessions(set[Any]):
         self._tell(self._listener.left, session)
 
     def take_off(self, session: Hashable) -> None:
-        """Takes the session off without telling: for the listener's own use."""
+        """Takes the session off without telling the listener, which calls this itself."""
         super().discard(session)
 
     def clear(self) -> None:
-        """Takes every session off."""
         super().clear()
         self._tell(lambda _: self._listener.cleared(), None)
 
     def pop(self) -> Any:
-        """Removes and returns some session; raises KeyError if there is none."""
         session = super().pop()
         self._tell(self._listener.left, session)
         return session
 
     def update(self, *others: Iterable[Hashable]) -> None:
-        """Adds every session of the others."""
         for session in itertools.chain(*others):
             self.add(session)
 
     def difference_update(self, *others: Iterable[Hashable]) -> None:
-        """Discards every session of the others."""
         for session in list(itertools.chain(*others)):
             self.discard(session)
 
     def intersection_update(self, *others: Iterable[Hashable]) -> None:
-        """Discards every session that is not in all of the others."""
         self.difference_update(set(self) - set(self).intersection(*others))
 
     def symmetric_difference_update(self, other: Iterable[Hashable]) -> None:
-        """Discards the sessions that are in the other, and adds those that were only there."""
         other = set(other)
         only_there = other - set(self)
         self.difference_update(other)
@@ -115,10 +100,9 @@ class FailedSessions(set[Any]):
         self.symmetric_difference_update(other)
         return self
 
-    # A copy is a plain set: nobody listens to it.
+    # A copy is a plain set, which tells nobody.
 
     def copy(self) -> set[Any]:
-        """The sessions that are blacklisted now."""
         return set(self)
 
     __copy__ = copy
@@ -130,11 +114,9 @@ class FailedSessions(set[Any]):
         return set(self).union(other)
 
     def union(self, *others: Iterable[Hashable]) -> set[Any]:
-        """The sessions that are blacklisted now, and all of the others."""
         return set(self).union(*others)
 
     def __contains__(self, session: object) -> bool:
-        """True if the session is blacklisted."""
         if session in self._known:
             self._tell(self._listener.requested, session)
         return _in_set(self, session)
@@ -143,5 +125,5 @@ class FailedSessions(set[Any]):
         try:
             method(session)
         except Exception:
-            with contextlib.suppress(Exception):  # there may be no memory to tell it
+            with contextlib.suppress(Exception):  # there may be no memory left
                 self._listener.fault(session, traceback.format_exc())

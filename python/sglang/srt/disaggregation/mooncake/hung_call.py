@@ -1,12 +1,12 @@
 """How is a call into the engine ended that hangs in the kernel, waiting for a peer?
 
 The kernel tells in which system call a thread waits, and for which descriptor. A copy of that descriptor refers to the
-same socket whatever becomes of the number meanwhile, and shutting the copy down ends the wait: the probe is then
-unanswered, as if the peer had hung up.
+same socket even if the number is reused, and shutting the copy down ends the wait: the probe is then unanswered, as if
+the peer had closed the connection.
 
-1. The number is read, 2. the call may return and the number be given to another socket, 3. the copy is made: it may be
-another's. So the thread must still wait in the same call at the same place after 3, and a socket that is connected must
-be connected to the peer. Where the kernel does not tell (gVisor), nothing is ended.
+1. We read the descriptor's number. 2. The call returns, and the number is given to another socket. 3. We copy the other
+socket. So after the copy the thread must still wait in the same call at the same place, and a socket that is connected
+must be connected to the peer. Where the kernel does not tell (gVisor), nothing is ended.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WAIT_FOR_DESCRIPTOR = {
     "x86_64": {42: "connect", 0: "read", 45: "recvfrom", 47: "recvmsg"},
     "aarch64": {203: "connect", 63: "read", 207: "recvfrom", 212: "recvmsg"},
 }
-# These have a struct pollfd* and how many of them there are. The C library of ARM knows ppoll alone.
+# These have a struct pollfd* and the number of them. On ARM there is only ppoll.
 WAIT_IN_POLL = {"x86_64": {7: "poll", 271: "ppoll"}, "aarch64": {73: "ppoll"}}
 
 
 class Wait(NamedTuple):
-    """Where a thread waits: the system call and its place in the program, and the descriptor that it waits for."""
+    """The system call that a thread waits in, its place in the program, and the descriptor that it waits for."""
 
     call: str
     stack_pointer: str
@@ -42,15 +42,15 @@ class Wait(NamedTuple):
 def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
     """Ends the wait of a thread of this process (the kernel's id) for a session's peer; True if that was done.
 
-    ``is_in_call()`` says whether the thread is still at the call that is meant. Blocks not; any thread, no lock held.
-    Raises nothing.
+    ``is_in_call()`` is True as long as the thread makes the call that is to be ended. Does not block, raises nothing;
+    any thread, no lock held.
     """
     wait = wait_of(thread)
     if wait is None:
         return False
     try:
         copy = os.dup(wait.descriptor)
-    except (OSError, OverflowError):  # it is closed or none, or the process has no descriptor left
+    except (OSError, OverflowError):  # it is closed, or the process has no descriptor left
         return False
     try:
         connection = socket.socket(fileno=copy)
@@ -68,7 +68,7 @@ def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
 
 
 def wait_of(thread: int, machine: str = platform.machine()) -> Optional[Wait]:
-    """Where a thread of this process waits for a peer; None if it does not, or if the kernel does not tell."""
+    """Where a thread of this process waits for a peer; None if it does not wait, or the kernel does not tell."""
     try:
         return _parsed(_bytes_at(f"/proc/self/task/{thread}/syscall", 0, 256).decode(), machine)
     except (OSError, ValueError, struct.error):  # the thread has ended, or there is no such file
@@ -89,13 +89,13 @@ def _parsed(text: str, machine: str) -> Optional[Wait]:
 
 
 def _descriptor_at(address: int) -> int:
-    """The descriptor of the struct pollfd there. Read as a file: the memory may be gone when the thread is."""
+    """The descriptor of the struct pollfd there. Read through /proc, because the memory may be gone by now."""
     (descriptor,) = struct.unpack("i", _bytes_at("/proc/self/mem", address, 4))
     return int(descriptor)
 
 
 def _bytes_at(path: str, offset: int, number: int) -> bytes:
-    """By the system calls themselves: a file object costs six times as much, some hundred times a second."""
+    """Without a file object, which costs six times as much, some hundred times a second."""
     file = os.open(path, os.O_RDONLY)
     try:
         return os.pread(file, number, offset)
@@ -104,7 +104,7 @@ def _bytes_at(path: str, offset: int, number: int) -> bytes:
 
 
 def _may_be_of(connection: socket.socket, session: str) -> bool:
-    """True unless the socket is no TCP connection, or one to somebody else than the session's peer."""
+    """False if the socket is no TCP connection, or one to another address than the session's peer."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
         return False
     try:
@@ -116,7 +116,7 @@ def _may_be_of(connection: socket.socket, session: str) -> bool:
         return False
     if peer[0] == host:
         return True
-    with contextlib.suppress(ValueError):  # a name: its address is not looked up here
+    with contextlib.suppress(ValueError):  # the host is a name, whose address is not looked up here
         return _plain(host.strip("[]")) == _plain(peer[0])
     return True
 

@@ -1,6 +1,6 @@
-"""Who is probed next, and may it be now? One heap, places for what is under way, and the allowance of a second.
+"""Who is probed next, and may it be now? One heap, places for the calls under way, and the probes allowed a second.
 
-Plain code without a clock, a lock or a thread.
+No clock, no lock, no thread.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ NEVER = float("inf")
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """A probe under way, with reads after it if ``read``. Its answer counts only for the generation it was made in."""
+    """A probe under way, followed by reads if ``read``. Its answer counts only for the generation it was made in."""
 
     session: str
     generation: int
     asked_at: float
     read: bool = False
-    listen: bool = False  # if it is refused, does the peer take connections all the same?
-    answered: bool = False  # the probe was; what has not come back yet are the reads
-    thread: int = 0  # the kernel's id of the worker thread that is in the engine for it, 0 before and after
+    listen: bool = False  # if the probe fails at once, look whether the peer accepts connections
+    answered: bool = False  # the probe was, and reads are being begun
+    thread: int = 0  # the kernel's id of the worker thread that makes it, 0 before and after
     end_tried_at: float = -NEVER
     ended: bool = False  # it hung, and was ended
 
 
 class Entry(NamedTuple):
-    """When a session comes up: to be probed, or for the end of its blacklisting or probation."""
+    """When a session is due: to be probed, or to see whether its blacklisting or probation ends."""
 
     at: float
-    tie: int  # orders the entries of one moment
+    tie: int  # keeps the order of entries with the same time
     session: Session
     is_end: bool
 
     def is_outdated(self) -> bool:
-        """True if the session is to be probed at another time."""
+        """True if the session is now to be probed at another time."""
         return not self.is_end and self.at != self.session.due_at
 
 
 class DueHeap:
-    """Which session comes up first? Entries that are outdated stay until they come up."""
+    """Which session is due first? Outdated entries stay in the heap until it is their turn."""
 
     def __init__(self) -> None:
         self._heap: list[Entry] = []
@@ -57,13 +57,12 @@ class DueHeap:
         heapq.heappush(self._heap, Entry(at, next(self._ties), session, False))
 
     def check_end(self, session: Session, at: float) -> None:
-        """The session comes up then for its end, if it does not do so before."""
+        """Its end is checked then, unless an earlier check is due."""
         if not session.has_end_check:
             session.has_end_check = True
             heapq.heappush(self._heap, Entry(at, next(self._ties), session, True))
 
     def first(self) -> Optional[Entry]:
-        """The first entry, None if there is none."""
         return self._heap[0] if self._heap else None
 
     def pop(self) -> None:
@@ -85,7 +84,6 @@ class DueHeap:
         return found
 
     def clear(self) -> None:
-        """Forgets every session."""
         self._heap.clear()
 
     def __len__(self) -> int:
@@ -93,12 +91,12 @@ class DueHeap:
 
 
 class Places:
-    """What may be under way at a time: ``concurrency`` young calls, and as many again that hang."""
+    """Room for calls under way: ``concurrency`` young ones, and as many again that hang."""
 
-    # A live peer answers within 0.5 ms (p99). Sixteen that hang must have made room when as many more may be asked (45
-    # ms), so that one that is well among hundreds that hang is asked in time.
+    # A live peer answers within 0.5 ms (p99). The allowance grows by sixteen calls in 45 ms: by then sixteen that hang
+    # must have made room, so that a healthy peer among hundreds that hang is probed in time.
     YOUNG_S = 0.03
-    # From one attempt to end a call to the next: it may be on its way back, or its thread cannot be seen.
+    # Between two attempts to end a call: it may be about to return, or the kernel does not tell where it waits.
     TRY_AGAIN_S = 0.25
 
     def __init__(self, concurrency: int) -> None:
@@ -108,7 +106,6 @@ class Places:
 
     @property
     def most(self) -> int:
-        """So many calls are under way at most."""
         return 2 * self.concurrency
 
     def __len__(self) -> int:
@@ -121,11 +118,9 @@ class Places:
         return call in self._hanging or call in self._young
 
     def take(self, call: Call) -> None:
-        """The call takes a place."""
         self._young[call] = None
 
     def free(self, call: Call) -> None:
-        """The call has come back."""
         self._young.pop(call, None)
         self._hanging.pop(call, None)
 
@@ -143,14 +138,14 @@ class Places:
         return len(self._young) < self.concurrency and len(self) < self.most
 
     def oldest_hanging(self, now: float, wanted: int) -> list[Call]:
-        """The calls to end so that ``wanted`` places more are free; those that are being ended count."""
+        """The calls to end so that ``wanted`` more places become free, without those that are being ended already."""
         if len(self) < self.most:
             return []
         calls = itertools.islice(self._hanging, wanted)
         return [call for call in calls if now >= call.end_tried_at + self.TRY_AGAIN_S]
 
     def free_at(self, now: float) -> float:
-        """When there may be a place, if no call comes back before."""
+        """When there may be a place, if no call returns before."""
         if len(self) < self.most and self._young:
             return next(iter(self._young)).asked_at + self.YOUNG_S
         return now + self.TRY_AGAIN_S
@@ -159,8 +154,8 @@ class Places:
 class Allowance:
     """How many calls may be made in a second, all sessions together."""
 
-    # A probe costs 0.1 ms of CPU with all that is around it: 350 a second are 4 % of a core, and as many for each peer
-    # when a thousand prefill ranks lose a thousand decode ranks. A rack of 64 is asked at once, then 16 at a time.
+    # A probe costs 0.1 ms of CPU with all that is around it, so 350 a second are 4 % of a core. If a thousand prefill
+    # ranks lose a thousand decode ranks, each of these gets 350 a second, too. A rack of 64 is probed at once.
     PER_S = 350.0
     AT_ONCE = 64.0
     AT_A_TIME = 16.0
@@ -171,18 +166,16 @@ class Allowance:
         self._renewed_at = now
 
     def renew(self, now: float, blacklisted: int, longest_round_s: float) -> None:
-        """Adds what was earned since the last time; what a round of the daemon thread leaves to the next is kept."""
+        """Adds the calls earned since the last time, and keeps as many as a round of the daemon thread can use."""
         per_s = self._per_s(blacklisted)
         earned = (now - self._renewed_at) * per_s
         self._left = min(max(self.AT_ONCE, longest_round_s * per_s), self._left + earned)
         self._renewed_at = now
 
     def left(self) -> int:
-        """So many calls may be made now."""
         return int(self._left)
 
     def spend(self) -> None:
-        """A call is made."""
         self._left -= 1.0
 
     def more_at(self, blacklisted: int) -> float:
@@ -190,9 +183,9 @@ class Allowance:
         return self._renewed_at + (self.AT_A_TIME - self._left) / self._per_s(blacklisted)
 
     def round_s(self, blacklisted: int) -> float:
-        """In so many seconds all can be called once."""
+        """How long it takes to probe all of them once."""
         return blacklisted / self._per_s(blacklisted)
 
     def _per_s(self, blacklisted: int) -> float:
-        """More for a blacklist that could not be asked in INTERVAL otherwise."""
+        """More where the blacklist is so long that it could not be probed in INTERVAL otherwise."""
         return max(self.PER_S, 1.1 * blacklisted / self._interval_s)

@@ -1,4 +1,4 @@
-"""On which threads are probes made, and what comes back from them?"""
+"""On which threads are probes made, and what do they return?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sglang.srt.disaggregation.mooncake.session_probe import Reads
 
 @dataclasses.dataclass
 class Answer:
-    """What came of a call."""
+    """How a call ended."""
 
     call: Call
     rc: Optional[int] = None  # of the probe, None if it raised
@@ -30,7 +30,7 @@ class Workers:
     thread costs as much as a refused probe, all others side by side. Start calls from one thread only.
     """
 
-    # Sixteen refused probes take 0.7 ms one after another. What has not begun by then gets a thread of its own.
+    # Sixteen refused probes take 0.7 ms one after another. A call that still waits by then gets a thread of its own.
     MOST_RETURN_WITHIN_S = 0.002
 
     def __init__(self, name: str, make: Callable[[Call], Answer], answers: queue.SimpleQueue[Any]) -> None:
@@ -39,7 +39,7 @@ class Workers:
         self._make = make
         self._answers = answers
         self._handed_out: queue.SimpleQueue[Optional[Call]] = queue.SimpleQueue()
-        self._waiting: collections.deque[Call] = collections.deque()  # for a thread that is through with its call
+        self._waiting: collections.deque[Call] = collections.deque()  # each thread takes its next call from here
         self._none_waits = threading.Event()
         self._idle = 0
         self._idle_lock = threading.Lock()
@@ -47,7 +47,7 @@ class Workers:
         self._threads: set[threading.Thread] = set()
 
     def start(self, calls: Iterable[Call]) -> None:
-        """Makes each call. Returns when each has a thread, MOST_RETURN_WITHIN_S later at most; a single one has it at
+        """Makes each call. Returns when each has a thread, after MOST_RETURN_WITHIN_S at most; a single one gets it at
         once.
         """
         self._waiting.extend(calls)
@@ -59,7 +59,7 @@ class Workers:
             self._start_next()
 
     def _start_next(self) -> None:
-        """Gives the call that waits longest an idle thread, or a new one."""
+        """Gives the call that has waited longest an idle thread, or a new one."""
         call = self._next_waiting()
         if call is None:
             return
@@ -86,14 +86,14 @@ class Workers:
             self._handed_out.put(None)
 
     def _take_idle(self, number: int) -> int:
-        """Counts on so many idle threads, or on as many as there are; gives how many."""
+        """Reserves so many idle threads, or as many as there are; returns how many."""
         with self._idle_lock:
             taken = max(0, min(number, self._idle))
             self._idle -= taken
             return taken
 
     def close(self) -> None:
-        """Ends every thread as soon as it has nothing to do, and waits 0.05 s for that. Start no call after this."""
+        """Ends every thread when it is idle, and waits up to 0.05 s for that. Start no call after this."""
         self._closed = True
         self._handed_out.put(None)
         until = time.monotonic() + 0.05
@@ -113,12 +113,12 @@ class Workers:
             call = self._next_waiting()
             if call is None:
                 with self._idle_lock:
-                    self._idle += 1  # first: who hears the answer may count on this thread
+                    self._idle += 1  # before the answer, so that whoever gets that can use this thread
             self._answers.put(answer)
             del answer
             if call is None:
                 self._none_waits.set()
                 call = self._handed_out.get()
         if self._closed:
-            self._handed_out.put(None)  # for the next
+            self._handed_out.put(None)  # ends the next thread
         self._threads.discard(threading.current_thread())

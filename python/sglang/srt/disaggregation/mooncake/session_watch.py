@@ -1,8 +1,8 @@
 """What is done with all sessions that are blacklisted or on probation? Carries out what each of them decides.
 
-No threads and no I/O: the clock is injected, and every method is called with ``session_lock`` held. Calls to make leave
-by ``take_due`` and calls to end by ``to_end``; what came of them comes in by ``answered`` and ``read``. ``events``
-tells what happened.
+No threads and no I/O: the clock is injected, and every method is called with ``session_lock`` held. ``take_due`` gives
+the calls to make and ``to_end`` those to end; ``answered`` and ``read`` are told how they ended. ``events`` says what
+happened.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from sglang.srt.disaggregation.mooncake.session_states import (
 )
 from sglang.srt.environ import FailedSessionProbeSettings
 
-# With many blacklisted, what falls due within a round is probed together: a round costs as much as several probes. The
-# longest one is for two hundred blacklisted.
+# Where many are blacklisted, those due within a round are probed together, because a round costs as much as several
+# probes. From two hundred on it is the longest.
 LONGEST_ROUND_S = 0.1
 ROUND_S_PER_SESSION = 0.0005
-# Sessions that one call handles, so that the lock is held for microseconds however long the blacklist is.
+# Sessions that one ``take_due`` handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
-# A look whether a peer cuts probes short costs as much as two more probes, so there are ten a second at most.
+# To look whether a peer cuts probes short costs as much as two more probes, so that is done ten times a second at most.
 LISTEN_GAP_S = 0.1
-# What is said once a session is remembered of so many: what comes in from outside must not grow without a bound.
+# How many sessions are remembered for which something was logged: memory must not grow with what comes from outside.
 SAID_LIMIT = 1000
 
 _SESSION_ID = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]):([1-9][0-9]{0,4})")
 
 
 def is_session_id(session: object) -> bool:
-    """True for ``host:port``, brackets around an IPv6 address, port 1 to 65535: all that Mooncake parses rightly."""
+    """True for ``host:port``, brackets around an IPv6 address, port 1 to 65535: Mooncake misreads anything else."""
     match = _SESSION_ID.fullmatch(session) if isinstance(session, str) else None
     return match is not None and int(match[1]) <= 65535
 
 
 class Event(enum.Enum):
-    """What happened to a session, with the details in brackets. Logs and metrics listen."""
+    """What happened to a session; the comments name the details. The log and the metrics listen."""
 
     BLACKLISTED = "blacklisted"  # relapses
     HELD = "held"  # hold_s, relapses
@@ -69,13 +69,13 @@ class Event(enum.Enum):
 
 
 class Said:
-    """Of which sessions something was said already: the latest SAID_LIMIT. Any thread."""
+    """For which sessions was something logged already? Remembers the latest SAID_LIMIT. Any thread."""
 
     def __init__(self) -> None:
         self._latest: OrderedDict[int, None] = OrderedDict()  # hashes: an id may be of any length
 
     def is_new(self, session: Hashable) -> bool:
-        """True if it has not been said of the session, or so long ago that it is forgotten. From now on it has been."""
+        """True if the session is not remembered. From now on it is."""
         said = hash(session)
         is_new = said not in self._latest
         self._latest[said] = None
@@ -85,17 +85,16 @@ class Said:
         return is_new
 
     def forget(self, session: Hashable) -> None:
-        """It is to be said of the session anew."""
         self._latest.pop(hash(session), None)
 
 
 class SessionWatch:
     """Listens to the blacklist, ``sessions``, and says whom to probe.
 
-    Those in ``blacklisted`` are on it from the start. ``wake()`` is called when something fell due,
-    ``on_removed(session)`` when a session is taken off here, and ``registration(session)`` gives the object that holds
-    what its peer has registered, another one after each registration. ``registered()`` gives all sessions whose peers
-    have. A transfer fails within ``transfer_timeout_s``.
+    Those in ``blacklisted`` are on it from the start. ``wake()`` is called when something is due, and
+    ``on_removed(session)`` when a session is taken off here. ``registration(session)`` returns what its peer has
+    registered, a new object with each registration, and ``registered()`` all sessions whose peers have registered. A
+    transfer fails within ``transfer_timeout_s``.
     """
 
     def __init__(
@@ -124,18 +123,13 @@ class SessionWatch:
         self._allowance = Allowance(settings.interval_s, clock())
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
-        self._read_last: dict[str, Session] = {}  # over RDMA, by machine
-        self._turns_until = 0.0  # until then a session may wait for its turn to be read
+        self._read_last: dict[str, Session] = {}  # over RDMA, by machine: the session that is read for all of them
+        self._turns_until = 0.0  # until then sessions may wait for their turn to be read
         self._listen_at = 0.0
         self._malformed_said = Said()
         self._fault_said = False
         self.sessions = FailedSessions(self)
         self.sessions.update(blacklisted)
-
-    @property
-    def verifying(self) -> bool:
-        """True as long as reads are taken for a proof."""
-        return self.rules.verifying
 
     # What the blacklist tells.
 
@@ -147,7 +141,7 @@ class SessionWatch:
         if known is None or known.is_past(now, self._registration(session)):
             known = Session(session, self.rules, now)
         decision = known.failed(now, next(self._generations))
-        self.known[session] = known  # only now: who looks without the lock finds it whole
+        self.known[session] = known  # only now, because ``look`` reads it without the lock
         if not again:
             self._tell(Event.BLACKLISTED, session, relapses=known.relapses)
             if known.hold_s:
@@ -160,10 +154,10 @@ class SessionWatch:
         self._wake()
 
     def left(self, session: Any) -> None:
-        """The session registered again: nothing known of it counts any more."""
+        """The session was taken off, because its peer registered again: all that is known of it is dropped."""
         known = self._forget(session)
         if known is not None and known.blacklisted:
-            self._wake()  # what is told of the length of the blacklist has changed
+            self._wake()  # the gauge of blacklisted sessions has changed
 
     def cleared(self) -> None:
         """As ``left``, of every session."""
@@ -173,7 +167,7 @@ class SessionWatch:
         self._wake()
 
     def requested(self, session: Any) -> None:
-        """A request looked the session up. No timer runs for a probation: the request that comes after it ends it."""
+        """A request looked the session up. No timer runs for a probation: the first request after it ends it."""
         now = self._clock()
         known = self.known[session]
         decision = known.requested(now)
@@ -183,7 +177,7 @@ class SessionWatch:
             self._wake()
 
     def fault(self, session: Any, error: str) -> None:
-        """A fault of our own, while the blacklist was used."""
+        """A fault of our own in one of the methods above; ``error`` is the traceback."""
         if not self._fault_said:
             self._fault_said = True
             self._tell(Event.FAULT, session, error=error)
@@ -192,9 +186,9 @@ class SessionWatch:
     # What the daemon thread calls.
 
     def take_due(self, due_by: float = NEVER) -> list[Call]:
-        """The calls to make now, as far as there are places and the allowance is enough: in the order they fell due.
+        """The calls to make now, in the order they fell due, as far as places and the allowance permit.
 
-        Each must come back in ``answered``. What falls due later than ``due_by`` (by the clock) is left alone.
+        ``answered`` must be called for each. What falls due later than ``due_by`` (by the clock) is left alone.
         """
         now = self._clock()
         self._places.age(now)
@@ -219,7 +213,7 @@ class SessionWatch:
         return calls
 
     def to_end(self) -> list[Call]:
-        """The calls that hang and whose places are wanted, and those that were to read and hang. Try to end each."""
+        """The calls to end now: those that hang while their places are wanted, and those whose reads hang."""
         now = self._clock()
         wanted = min(self._allowance.left(), self._places.concurrency)
         calls = self._places.oldest_hanging(now, self._due.due(now, wanted))
@@ -230,7 +224,7 @@ class SessionWatch:
         return calls
 
     def next_due_in(self) -> Optional[float]:
-        """Seconds from a ``take_due`` until the next may have something to do, None while nothing is blacklisted."""
+        """Seconds from one ``take_due`` until the next is worth while, None while nothing is blacklisted."""
         now = self._clock()
         first = self._due.first()
         if first is None or (first.at > now and not len(self.sessions)):
@@ -247,7 +241,7 @@ class SessionWatch:
         return max(at - now, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions)))
 
     def waits_for_allowance(self) -> bool:
-        """True if the last ``take_due`` left what is due, because as many were asked as may be in a second."""
+        """True if the last ``take_due`` left due sessions, because the allowance is used up."""
         first = self._due.first()
         return not self._allowance.left() and first is not None and first.at <= self._clock()
 
@@ -260,9 +254,8 @@ class SessionWatch:
         reading: bool = False,
         said: str = "",
     ) -> None:
-        """A call came back, ``answered`` if with rc 0 (``reading`` if reads have begun, whose end ``read`` is told),
-        ``refused`` if the peer's machine said at once that nobody is there, ``cuts_short`` if it takes connections.
-        ``said`` is all of it in words.
+        """A call returned: ``answered`` with rc 0 (``reading``: reads have begun, ``read`` tells of their end),
+        ``refused`` at once, or ``cuts_short`` by a peer that accepts connections. ``said`` is all of it in words.
         """
         now = self._clock()
         known = self._come_back(call, now)
@@ -281,7 +274,7 @@ class SessionWatch:
             self._carry_out(known, known.reading(now) if reading else known.answered(now), now)
 
     def read(self, call: Call, verdict: Verdict, why: str = "") -> None:
-        """The reads that a call has begun have ended; ``why`` says what was wrong with them."""
+        """The reads that a call has begun have ended; ``why`` says why they failed."""
         now = self._clock()
         if not self.waits_for(call):
             return
@@ -295,14 +288,13 @@ class SessionWatch:
         self._turns_until = max(self._turns_until, known.read_again_at)
 
     def _read_neighbours(self, known: Session, now: float) -> None:
-        """What has healed one session has healed the others of its machine: they need not wait for their turns."""
+        """Its machine can be reached again, so the other sessions there need not wait for their turns."""
         waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
-        for other in waiting:
-            if _machine(other) == _machine(known):
-                self._carry_out(other, other.neighbour_is_readable(now), now)
+        for other in (other for other in waiting if _machine(other) == _machine(known)):
+            self._carry_out(other, other.neighbour_is_readable(now), now)
 
     def _waits_for_neighbour(self, known: Session) -> bool:
-        """True if over RDMA another session of its machine is being read: beside others one tells of all."""
+        """True if over RDMA, beside healthy peers, another session of its machine is being read: one tells of all."""
         if not (self.rules.over_rdma and self.rules.has_others()):
             return False
         last = self._read_last.get(_machine(known), known)
@@ -318,12 +310,12 @@ class SessionWatch:
         )
 
     def waits_for(self, call: Call) -> bool:
-        """True if what a call's reads show still counts. Any thread, with or without the lock."""
+        """True if the result of a call's reads still counts. Any thread, with or without the lock."""
         known = self.known.get(call.session)
         return known is not None and known.generation == call.generation
 
     def lost(self, call: Call) -> None:
-        """The answer of a call could not be taken in: its session is probed again."""
+        """The answer of a call could not be processed: its session is probed again."""
         now = self._clock()
         self._places.free(call)
         if self._in_flight.get(call.session) is call:
@@ -343,11 +335,10 @@ class SessionWatch:
         return len(self._places)
 
     def under_way(self) -> list[Call]:
-        """The calls under way."""
         return list(self._places)
 
     def most_in_flight(self) -> int:
-        """From so many calls under way on, those that hang are ended for others."""
+        """With so many calls under way, those that hang are ended for others."""
         return self._places.most
 
     # How a decision is carried out.
@@ -388,7 +379,7 @@ class SessionWatch:
         return known
 
     def _drop(self, known: Session, now: float) -> None:
-        """Nobody asked for it in IDLE_TIMEOUT."""
+        """Forgets a session that no request wanted in IDLE_TIMEOUT."""
         self.sessions.take_off(known.id)
         self._forget(known.id)
         self._on_removed(known.id)
@@ -396,7 +387,7 @@ class SessionWatch:
         self._tell(Event.DROPPED, known.id, idle_s=idle_s, outage_s=outage_s, refused=known.refused)
 
     def _come_up(self, known: Session, is_end: bool, now: float) -> None:
-        """Its entry has come up for its end, or while a call is under way."""
+        """Its entry is due, for its end or while a call is under way."""
         if not is_end:
             self._look_at_call(known, self._in_flight[known.id], now)
         elif now < known.ends_at():
@@ -407,7 +398,7 @@ class SessionWatch:
             self._carry_out(known, known.probation_ends(now), now)
 
     def _look_at_call(self, known: Session, call: Call, now: float) -> None:
-        """Has a call whose reads hang ended. Its probe may hang: that is how a resume is heard of at once."""
+        """Has a call ended whose reads hang. A probe may hang: then it is answered as soon as the peer resumes."""
         if not call.read:
             return
         if not call.answered or now < call.asked_at + READ_HANGS_S:
@@ -418,15 +409,15 @@ class SessionWatch:
             self._carry_out(known, known.read_hangs(now), now)
         elif call.end_tried_at < call.asked_at:
             self._due.probe_at(known, now + READ_HANGS_S)
-        else:  # it cannot be ended, and its probe is over: a newer failure need not wait for its reads
+        else:  # it cannot be ended, and only its reads are under way: the probe for a newer failure need not wait
             del self._in_flight[known.id]
             self._due.probe_at(known, now)
 
     def _check_end(self, known: Session, now: float) -> None:
-        """Has the session come up when it ends, or later if that is over and reads decide.
+        """Schedules the check of its end, or the next one if that has passed and reads are awaited.
 
-        With an idle timeout of days it does so every ten minutes all the same: the entry keeps what is known of a
-        session that has registered since.
+        It is every ten minutes at least, also with an idle timeout of days: until then the entry keeps a session in
+        memory that has registered since.
         """
         soonest_s, latest_s = self.rules.interval_s, 600.0
         ends_at = known.ends_at()
@@ -451,7 +442,7 @@ class SessionWatch:
         return call
 
     def _come_back(self, call: Call, now: float) -> Optional[Session]:
-        """The session, if the generation that the call was made in still stands; else a newer one is probed now."""
+        """The session, if there is no newer generation than the call's; else None, and that one is probed now."""
         self._places.free(call)
         if self._in_flight.get(call.session) is not call:
             return None

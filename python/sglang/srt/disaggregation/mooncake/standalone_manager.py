@@ -15,7 +15,7 @@ from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import
 
 
 class KVTransferError(Exception):
-    """Blocks were not sent; the message says why."""
+    """Blocks could not be sent; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class MooncakeKVManager:
         """Registers ``args.kv_data_ptrs`` and ``aux_data_ptrs`` (``kv_data_lens``, ``aux_data_lens`` bytes).
 
         ``disaggregation_mode`` is "prefill" or "decode". Raises ValueError for a wrong setting and RuntimeError
-        if Mooncake does not start or does not take the memory.
+        if Mooncake does not start or refuses the memory.
         """
         self.kv_args = args
         self.disaggregation_mode = disaggregation_mode
@@ -53,11 +53,10 @@ class MooncakeKVManager:
             self._in_order: dict[str, threading.Lock] = {}
 
     def init_engine(self) -> None:
-        """Starts the Mooncake engine of this manager."""
         self.engine = MooncakeTransferEngine(os.environ.get("SGLANG_HOST_IP", "127.0.0.1"))
 
     def register_buffer_to_engine(self) -> None:
-        """Registers the memory with the engine; raises RuntimeError if it is not taken."""
+        """Registers the memory with the engine; raises RuntimeError if Mooncake refuses."""
         rc = self.engine.batch_register(*self._regions())
         if rc != 0:
             raise RuntimeError(f"Mooncake did not register the memory (rc {rc}).")
@@ -67,11 +66,10 @@ class MooncakeKVManager:
         return [*args.kv_data_ptrs, *args.aux_data_ptrs], [*args.kv_data_lens, *args.aux_data_lens]
 
     def get_session_id(self) -> str:
-        """``host:port`` under which this manager's memory is reached."""
         return self.engine.get_session_id()
 
     def register_decode(self, session_id: str, memory: PeerMemory) -> None:
-        """A decode process (again) tells its memory, which takes it off the blacklist. Any thread."""
+        """Registers a decode process's memory, maybe again, and takes the process off the blacklist. Any thread."""
         with self.session_lock:
             self.failed_sessions.discard(session_id)
             self.session_failures.pop(session_id, None)
@@ -80,9 +78,9 @@ class MooncakeKVManager:
     def send_blocks(self, session_id: str, blocks: list[tuple[int, int, int]]) -> None:
         """Writes blocks (address here, address there, bytes) to a decode process and waits until they are there.
 
-        Raises KVTransferError if the session is blacklisted, and if the transfer fails, which blacklists it.
-        Any thread. One session's requests are sent one after another, as SGLang does: what waited behind one that fails
-        is refused at once, and a second look at the blacklist says that the first transfer went through.
+        Raises KVTransferError if the session is blacklisted, and if the transfer fails, which blacklists it. Any
+        thread. The requests for one session are sent one after another, as in SGLang: those behind one that fails are
+        refused at once, and when a second one looks at the blacklist, the first has gone through.
         """
         with self._in_order.setdefault(session_id, threading.Lock()):
             self._send_blocks(session_id, blocks)
@@ -102,7 +100,7 @@ class MooncakeKVManager:
             raise KVTransferError(f"Failed to send {len(blocks)} blocks to {session_id} (rc {rc})")
 
     def teardown(self) -> None:
-        """Stops the threads and takes the registration of the memory back."""
+        """Stops the threads and deregisters the memory."""
         if hasattr(self, "_failed_session_probe_shutdown"):
             self._failed_session_probe_shutdown.set()
         for thread in self._worker_threads:

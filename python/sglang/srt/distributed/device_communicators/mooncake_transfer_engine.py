@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def send_probe(self: Any, peer_session_id: str) -> int:
-    """Asks the peer whether it is back: 0 if it is, -1 where the installed Mooncake (before 0.3.11) cannot ask.
+    """Probes the peer: 0 if it answers, -1 where the installed Mooncake cannot probe.
 
     Blocks for 0.2 ms for a live peer, for a minute and longer for a stopped one; any thread, no lock held.
     """
-    # Not before: SGLang imports this module early, and the connector's package pulls in half of SGLang.
+    # Imported late, because SGLang imports this module early, and the connector's package pulls in half of SGLang.
     from sglang.srt.disaggregation.mooncake.session_probe import ask
 
     return ask(self.engine, peer_session_id)
@@ -49,15 +49,12 @@ if "MooncakeTransferEngine" not in globals():
             self.session_id = f"{host}:{self.engine.get_rpc_port()}"
 
         def get_session_id(self) -> str:
-            """``host:port`` under which peers reach this engine."""
             return self.session_id
 
         def batch_register(self, ptrs: list[int], lengths: list[int]) -> int:
-            """Registers memory for transfers; 0 if Mooncake took it."""
             return int(self.engine.batch_register_memory(ptrs, lengths))
 
         def batch_deregister(self, ptrs: list[int]) -> int:
-            """Takes the registration back; 0 if Mooncake did."""
             return int(self.engine.batch_unregister_memory(ptrs))
 
         def batch_transfer_sync(
