@@ -482,7 +482,7 @@ BREAKS = [
     Break(
         "calls that hang are ended at a stop",
         Prober._wind_up,
-        "                    _end_calls(self.watch.under_way())\n",
+        "                    _end_calls(list(self.watch.places))\n",
         "                    pass\n",
         f"{FAULTS}/test_exits.py",
     ),
@@ -777,7 +777,7 @@ BREAKS = [
     Break("a scheduler that lives has a lock", SessionsFile._replace, "fcntl.lockf(", "id(", FILE_TESTS),
     Break("nobody sees half a file", SessionsFile._replace, "file.flush()", "pass", FILE_TESTS),
     Break("a write that fails leaves nothing", SessionsFile._replace, "_remove(new)", "pass", FILE_TESTS),
-    Break("nobody else reads it", sessions_file._open_new, "0o600", "0o666", FILE_TESTS),
+    Break("nobody else reads it", SessionsFile._replace, "0o600", "0o666", FILE_TESTS),
     Break("its file is gone with a manager", Prober.run, "        self._file.remove()\n", "", FILE_TESTS),
     Break("what dead schedulers left is removed", sessions_file.remove_dead, "read(path)", "pass", FILE_TESTS),
     Break(

@@ -36,6 +36,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Optional
 
 from sglang_failed_session_probe import ON_WORDS, SWITCH, mooncake_wheels, patch_points, table
+from sglang_failed_session_probe.mooncake_wheels import Wheel
 from sglang_failed_session_probe.own_files import ENVIRON, file_of, load_settings
 from sglang_failed_session_probe.patch_points import PatchPoints
 
@@ -141,13 +142,13 @@ def diagnose(environment: Mapping[str, str]) -> Diagnosis:
     lines = [
         *_look_at_sglang(folder, points),
         *mooncake_lines,
-        *_look_at_package(),
+        _look_at_package(),
         *_look_at_doors(points, environment),
         *_look_at_libraries(points),
         switch,
         *(_look_at_settings(environment, asked_for, settings) if settings else ()),
         *(_look_at_misspelt(environment, asked_for, settings, folder) if settings else ()),
-        *_look_at_metrics_folder(environment, points),
+        _look_at_metrics_folder(environment, points),
         *([_BEHIND_A_ROUTER] if asked_for else []),
     ]
     misspelt = any(line.subject == "misspelt" and line.mark == "error" for line in lines)
@@ -247,7 +248,7 @@ def _look_at_mooncake(environment: Mapping[str, str]) -> tuple[Optional[str], li
         finding = "Mooncake is not installed" if folder is None else f"{folder} has no engine"
         do = f"install the wheel of Mooncake for this machine, {mooncake_wheels.FIRST_MOONCAKE_WITH_PROBE} or later"
         return None, [Line("error", "Mooncake", finding, do, _STOPS)]
-    wheels = _wheels_in(folder)
+    wheels = [wheel for wheel in mooncake_wheels.wheels_beside(folder) if _engine_of(wheel)]
     wheel = _wheel_of_engine(wheels)
     lines = [_release_line(wheel, engine, environment)]
     if len(wheels) > 1:
@@ -294,41 +295,23 @@ def _how_it_ended(child: subprocess.CompletedProcess[str]) -> str:
     return f"it ends the process with {signal.Signals(-child.returncode).name}" if child.returncode < 0 else "it exits"
 
 
-class _Wheel(NamedTuple):
-    """An installed wheel of Mooncake."""
-
-    name: str
-    release: str
-    files: tuple[importlib.metadata.PackagePath, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.release}"
-
-
-def _wheels_in(folder: pathlib.Path) -> list[_Wheel]:
-    """The installed wheels that have brought an engine into this folder."""
-    installed = mooncake_wheels.wheels_beside(folder)
-    wheels = [
-        _Wheel(name, release, _files_of(importlib.metadata.Distribution.at(at))) for name, release, at in installed
-    ]
-    return [wheel for wheel in wheels if any(map(_is_engine, wheel.files))]
-
-
 def _files_of(distribution: importlib.metadata.Distribution) -> tuple[importlib.metadata.PackagePath, ...]:
     with contextlib.suppress(Exception):  # a RECORD that is no text, or none
         return tuple(distribution.files or ())
     return ()
 
 
-def _is_engine(file: pathlib.PurePath) -> bool:
-    return file.parent.name == "mooncake" and file.name.startswith("engine") and file.suffix == ".so"
+def _engine_of(wheel: Wheel) -> list[importlib.metadata.PackagePath]:
+    """The files of the engine that the wheel has brought."""
+    files = _files_of(importlib.metadata.Distribution.at(wheel.metadata))
+    return [file for file in files if file.parent.name == "mooncake" and file.match("engine*.so")]
 
 
-def _wheel_of_engine(wheels: list[_Wheel]) -> Optional[_Wheel]:
+def _wheel_of_engine(wheels: list[Wheel]) -> Optional[Wheel]:
     """The wheel that brought the engine that is there; None if none of them did."""
     if len(wheels) == 1:
         return wheels[0]
-    return next((each for each in wheels if not _changed(filter(_is_engine, each.files))), None)
+    return next((each for each in wheels if not _changed(_engine_of(each))), None)
 
 
 def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
@@ -345,7 +328,7 @@ def _changed(files: Iterable[importlib.metadata.PackagePath]) -> list[str]:
     return changed
 
 
-def _release_line(wheel: Optional[_Wheel], engine: Any, environment: Mapping[str, str]) -> Line:
+def _release_line(wheel: Optional[Wheel], engine: Any, environment: Mapping[str, str]) -> Line:
     name = str(wheel or "Mooncake of unknown release")
     release = wheel.release if wheel else "0"
     can_probe = engine if isinstance(engine, bool) else _at_least(release, mooncake_wheels.FIRST_MOONCAKE_WITH_PROBE)
@@ -370,7 +353,7 @@ def _at_least(release: str, wanted: str) -> bool:
     return numbers >= least
 
 
-def _engine_line(engine: Any, wheel: Optional[_Wheel]) -> Line:
+def _engine_line(engine: Any, wheel: Optional[Wheel]) -> Line:
     """Can the engine be imported, and if not, what is missing? ``engine`` is a bool, or why it cannot be imported."""
     subject = "mooncake.engine"
     if isinstance(engine, bool):
@@ -410,29 +393,25 @@ def _loads(library: str) -> bool:
 # Our package and its ways in.
 
 
-def _look_at_package() -> Iterator[Line]:
+def _look_at_package() -> Line:
     here = pathlib.Path(__file__).parent
     if not file_of(ENVIRON).is_file():
-        yield Line("error", "package", f"in {here} the files for SGLang's modules are missing", _REINSTALL)
-        return
+        return Line("error", "package", f"in {here} the files for SGLang's modules are missing", _REINSTALL)
     try:
         installed = importlib.metadata.distribution(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        yield Line("warning", "package", f"it is not installed, it is run from {here}", _INSTALL)
-        return
+        return Line("warning", "package", f"it is not installed, it is run from {here}", _INSTALL)
     home = _home_of(installed)
     if not here.resolve().is_relative_to(home):
         do = "start from another folder, or take the copy off PYTHONPATH"
-        yield Line("warning", "package", f"the copy in {here} is in front of the installed one, in {home}", do)
-        return
-    changed = _changed(file for file in _files_of(installed) if file.parts[0] == _PACKAGE)
-    if not version_of(_DISTRIBUTION):
-        yield Line("error", "package", f"what {home.parent} says of the installed package has no version", _REINSTALL)
-    elif changed:
+        return Line("warning", "package", f"the copy in {here} is in front of the installed one, in {home}", do)
+    if not (version := version_of(_DISTRIBUTION)):
+        finding = f"what {home.parent} says of the installed package has no version"
+        return Line("error", "package", finding, _REINSTALL)
+    if changed := _changed(file for file in _files_of(installed) if file.parts[0] == _PACKAGE):
         finding = f"of the installed files these are not as they were: {', '.join(changed)}"
-        yield Line("error", "package", finding, _REINSTALL)
-    else:
-        yield Line("ok", "package", f"{version_of(_DISTRIBUTION)}, in {here}")
+        return Line("error", "package", finding, _REINSTALL)
+    return Line("ok", "package", f"{version}, in {here}")
 
 
 def version_of(distribution: str) -> str:
@@ -626,19 +605,18 @@ def _look_at_misspelt(
 # The machine.
 
 
-def _look_at_metrics_folder(environment: Mapping[str, str], points: Optional[PatchPoints]) -> Iterator[Line]:
+def _look_at_metrics_folder(environment: Mapping[str, str], points: Optional[PatchPoints]) -> Line:
     subject = "PROMETHEUS_MULTIPROC_DIR"
     folder = environment.get(subject, "")
     effect = _STOPS if points and points.native_default else _PARTLY
     if not folder:
-        yield Line("info", subject, "not set: SGLang makes a folder with --enable-metrics")
-    elif not os.path.isdir(folder):
+        return Line("info", subject, "not set: SGLang makes a folder with --enable-metrics")
+    if not os.path.isdir(folder):
         do = "make the folder before the node starts, or unset the variable"
-        yield Line("error", subject, f"{subject}={folder} is no folder, and metrics are kept there", do, effect)
-    elif not os.access(folder, os.W_OK):
-        yield Line("error", subject, f"this user cannot write to {subject}={folder}", "make it writable", effect)
-    else:
-        yield Line("ok", subject, folder)
+        return Line("error", subject, f"{subject}={folder} is no folder, and metrics are kept there", do, effect)
+    if not os.access(folder, os.W_OK):
+        return Line("error", subject, f"this user cannot write to {subject}={folder}", "make it writable", effect)
+    return Line("ok", subject, folder)
 
 
 _BEHIND_A_ROUTER = Line(

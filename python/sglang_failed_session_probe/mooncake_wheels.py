@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 FIRST_MOONCAKE_THAT_ANSWERS = "0.3.10.post2"
 FIRST_MOONCAKE_WITH_PROBE = "0.3.11"
@@ -18,8 +19,19 @@ UNSET_TENT = f"unset {' and '.join(TENT_VARIABLES)}"
 LEAVE_TENT = f"{UNSET_TENT}, or install a Mooncake with its PR 4081 (September 2026)"
 
 
-def wheels_beside(package: pathlib.Path) -> Iterator[tuple[str, str, pathlib.Path]]:
-    """Name, release and .dist-info folder of each wheel of Mooncake that is installed beside this package."""
-    for installed in sorted(package.parent.glob("*mooncake*.dist-info")):
-        name, release = installed.stem.rsplit("-", 1)  # its METADATA may be unreadable
-        yield name.replace("_", "-"), release, installed
+class Wheel(NamedTuple):
+    """An installed wheel of Mooncake."""
+
+    name: str
+    release: str
+    metadata: pathlib.Path  # its .dist-info folder
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.release}"
+
+
+def wheels_beside(package: pathlib.Path) -> Iterator[Wheel]:
+    """The wheels of Mooncake that are installed beside this package."""
+    for metadata in sorted(package.parent.glob("*mooncake*.dist-info")):
+        name, release = metadata.stem.rsplit("-", 1)  # what is in there may be unreadable
+        yield Wheel(name.replace("_", "-"), release, metadata)

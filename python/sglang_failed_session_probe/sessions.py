@@ -34,13 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     KeyboardInterrupt.
     """
     leave_sglang_out()
-    schedulers, problems = _look()
-    while arguments.watch:
-        _show(schedulers, problems, arguments.json, watching=True)
-        time.sleep(arguments.watch)
+    while True:
         schedulers, problems = _look()
-    _show(schedulers, problems, arguments.json, watching=False)
-    return 1 if problems else 0
+        _show(schedulers, problems, arguments.json, watching=bool(arguments.watch))
+        if not arguments.watch:
+            return 1 if problems else 0
+        time.sleep(arguments.watch)
 
 
 def _look() -> tuple[list[Scheduler], list[str]]:

@@ -62,14 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
     if any(node.blacklisted for node in nodes):
         time.sleep(APART_S)
         before, nodes = nodes, pages.read()
-    _explain(nodes, before)
-    while arguments.watch:
-        _show(nodes, arguments.json, watching=True)
+    while True:
+        _explain(nodes, before)
+        _show(nodes, arguments.json, watching=bool(arguments.watch))
+        if not arguments.watch:
+            return 0 if all(node.readable for node in nodes) else 1
         time.sleep(arguments.watch)
         before, nodes = nodes, pages.read()
-        _explain(nodes, before)
-    _show(nodes, arguments.json, watching=False)
-    return 0 if all(node.readable for node in nodes) else 1
 
 
 # Reading.

@@ -244,7 +244,7 @@ def test_a_row_is_whole_whatever_becomes_of_its_session_meanwhile() -> None:
 
 def test_calls_under_way_for_an_older_failure_say_nothing_of_the_newer_one() -> None:
     prober = failed(HUNG, 5)
-    (call,) = prober.watch.under_way()
+    (call,) = prober.watch.places
     assert isinstance(call, Call)
     prober.fail(D)
     prober.run(0.1)

@@ -158,7 +158,7 @@ def test_probes_that_hang_are_in_flight_beside_the_number_that_may(make_manager:
     manager = make_manager(engine)
     blacklist(manager, *many(5))
     assert metrics.reads(IN_FLIGHT, 5)
-    assert metrics.grown(LIMIT) == watch_of(manager).most_in_flight()
+    assert metrics.grown(LIMIT) == watch_of(manager).places.most
     engine.probe.default_factory = lambda: REFUSED
     engine.probe.clear()
     engine.goes_on.set()
@@ -277,7 +277,7 @@ def test_a_manager_that_is_torn_down_leaves_nothing_in_the_gauges_and_the_next_o
         blacklist(manager, D, OTHER)
         assert metrics.reads(BLACKLISTED, 2)
         assert metrics.reads(IN_FLIGHT, 2)
-        assert metrics.grown(LIMIT) == watch_of(manager).most_in_flight()
+        assert metrics.grown(LIMIT) == watch_of(manager).places.most
         manager.teardown()
         assert metrics.grown(BLACKLISTED) == metrics.grown(IN_FLIGHT) == metrics.grown(LIMIT) == 0
         assert metrics.grown(BLACKLISTINGS) == 2 * number

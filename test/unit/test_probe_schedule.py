@@ -129,7 +129,7 @@ def test_calls_under_way_are_bounded_also_when_new_peers_hang_all_the_time(per_h
     for moment in range(60):
         prober.fail(*many(f"hung-{moment}", per_half_second), peer=HUNG)
         prober.run(0.5)
-        assert prober.watch.in_flight() == len(prober.out) <= prober.watch.most_in_flight() == 16
+        assert prober.watch.in_flight() == len(prober.out) <= prober.watch.places.most == 16
 
 
 def test_calls_under_way_are_bounded_also_when_the_peers_used_to_answer_promptly() -> None:
@@ -585,5 +585,5 @@ def test_how_many_hang_and_how_many_may_be_under_way_is_told() -> None:
     prober.fail(*many("hung", 200), peer=HUNG)
     for _ in range(100):
         prober.run(2.9)
-        most = prober.watch.most_in_flight()
+        most = prober.watch.places.most
         assert most / 2 <= prober.watch.in_flight() <= most, "an alert on it never fires"

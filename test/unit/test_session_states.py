@@ -1223,7 +1223,7 @@ def test_sessions_that_came_and_went_are_not_kept_however_long_the_idle_timeout_
         prober.register(session)
     prober.run(1200)
     assert set(prober.watch.known) == {"gone:1"}
-    assert len(prober.watch._due) == 2, "one to probe it, one for its end"
+    assert len(prober.watch._due._heap) == 2, "one to probe it, one for its end"
 
 
 def test_an_unverified_peer_that_is_never_used_again_is_forgotten() -> None:

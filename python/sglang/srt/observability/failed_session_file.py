@@ -118,7 +118,8 @@ class SessionsFile:
     def _replace(self, path: pathlib.Path, watch: SessionWatch, now: float) -> None:
         """Puts a new file in place of the one before, so that nobody reads half a file or one without a lock."""
         new = _new(path)
-        file = open(new, "x", encoding="ascii", opener=_open_new)  # noqa: SIM115 as long as it is open it is locked
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        file = open(descriptor, "w", encoding="ascii")  # noqa: SIM115 as long as it is open it is locked
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(_to_json({**self._about, "written_at": now, "known": len(watch.known)}) + "\n")
@@ -146,10 +147,6 @@ class SessionsFile:
 
 
 _to_json = json.JSONEncoder(allow_nan=False).encode
-
-
-def _open_new(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _new(path: pathlib.Path) -> pathlib.Path:

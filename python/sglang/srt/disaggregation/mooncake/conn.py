@@ -152,7 +152,7 @@ class _FailedSessionProber:
                 break
             with contextlib.suppress(Exception):
                 if not in_grace:
-                    _end_calls(self.watch.under_way())
+                    _end_calls(list(self.watch.places))
                 self._hand_over(self._inbox, 0.01)
 
     def _say_fault(self, fault: Exception) -> None:
@@ -306,7 +306,7 @@ class _FailedSessionProber:
             self.metrics.heard(event, details)
             self._log.heard(event, session, details)
         self.metrics.show(len(self.watch.sessions), self.watch.in_flight())
-        self._log.stuck(self.watch.in_flight(), self.watch.most_in_flight())
+        self._log.stuck(self.watch.in_flight(), self.watch.places.most)
         self._log.sum_up()
 
 
@@ -489,7 +489,7 @@ def _start_failed_session_probe(manager: Any, settings: FailedSessionProbeSettin
                 manager.failed_sessions = set(manager.failed_sessions)
             raise
         getattr(manager, "_worker_threads", []).append(thread)  # which teardown() joins
-    prober.metrics.start(prober.watch.most_in_flight())
+    prober.metrics.start(prober.watch.places.most)
     _count_recoveries(0)
 
 

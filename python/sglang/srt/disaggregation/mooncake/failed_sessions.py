@@ -29,6 +29,14 @@ class Listener(Protocol):
     def fault(self, session: Any, error: str) -> None: ...
 
 
+def _in_place(update: Callable[..., None]) -> Any:
+    def operator(self: FailedSessions, other: Any) -> FailedSessions:
+        update(self, other)
+        return self
+
+    return operator
+
+
 class FailedSessions(set[Any]):
     """SGLang's ``failed_sessions``. If the listener raises, it still is the set that SGLang expects."""
 
@@ -84,21 +92,8 @@ class FailedSessions(set[Any]):
         self.difference_update(other)
         self.update(only_there)
 
-    def __ior__(self, other: Any) -> FailedSessions:
-        self.update(other)
-        return self
-
-    def __isub__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
-        self.difference_update(other)
-        return self
-
-    def __iand__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
-        self.intersection_update(other)
-        return self
-
-    def __ixor__(self, other: Any) -> FailedSessions:  # type: ignore[misc]
-        self.symmetric_difference_update(other)
-        return self
+    __ior__, __isub__ = _in_place(update), _in_place(difference_update)
+    __iand__, __ixor__ = _in_place(intersection_update), _in_place(symmetric_difference_update)
 
     # A copy is a plain set, which tells nobody.
 

@@ -86,9 +86,6 @@ class DueHeap:
     def clear(self) -> None:
         self._heap.clear()
 
-    def __len__(self) -> int:
-        return len(self._heap)
-
 
 class Places:
     """Room for calls under way: ``concurrency`` young ones, and as many again that hang."""
@@ -126,12 +123,9 @@ class Places:
 
     def age(self, now: float) -> None:
         """Calls that are no longer young hang."""
-        for call in list(self._grown_up(now)):
+        for call in list(itertools.takewhile(lambda call: now >= call.asked_at + self.YOUNG_S, self._young)):
             del self._young[call]
             self._hanging[call] = None
-
-    def _grown_up(self, now: float) -> Iterator[Call]:
-        return itertools.takewhile(lambda call: now >= call.asked_at + self.YOUNG_S, self._young)
 
     def is_free(self) -> bool:
         """True if one more call may be made."""

@@ -60,8 +60,8 @@ def mooncake_version() -> str:
     with contextlib.suppress(Exception):  # only words for the log: nothing may depend on them
         spec = importlib.util.find_spec("mooncake")
         for package in (spec and spec.submodule_search_locations) or ():
-            for name, release, _ in mooncake_wheels.wheels_beside(pathlib.Path(package)):
-                return f"{name} {release}"
+            for wheel in mooncake_wheels.wheels_beside(pathlib.Path(package)):
+                return str(wheel)
     return "of unknown version"
 
 
@@ -253,9 +253,9 @@ class MemoryReader:
         Mooncake (before 0.3.13) connects; hold no lock.
         """
         mooncake = mooncake_engine(self._engine)
-        begin_read = getattr(mooncake, "batch_transfer_async_read", None)
+        begin_read: Any = getattr(mooncake, "batch_transfer_async_read", None)
         check_status = getattr(mooncake, "transfer_check_status", None)
-        read_now = getattr(mooncake, "transfer_sync_read", None)
+        read_now: Any = getattr(mooncake, "transfer_sync_read", None)
         can_begin = begin_read is not None and check_status is not None
         address = self._address_of(session)
         if address is None or not (can_begin or read_now):
@@ -265,8 +265,7 @@ class MemoryReader:
         scratch = self._scratch_for(reads)
         if scratch is None:
             return Reads.decided(Verdict.CANNOT_TELL, self._refused_why)
-        if begin_read is None or check_status is None:
-            assert read_now is not None
+        if not can_begin:
             done = _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
             reads.begun, reads.unsure = True, done.look() is Verdict.UNREADABLE
             return done

@@ -119,7 +119,7 @@ class SessionWatch:
         self._registered = registered
         self._generations = itertools.count(1)
         self._due = DueHeap()
-        self._places = Places(settings.concurrency)
+        self.places = Places(settings.concurrency)
         self._allowance = Allowance(settings.interval_s, clock())
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
@@ -191,7 +191,7 @@ class SessionWatch:
         ``answered`` must be called for each. What falls due later than ``due_by`` (by the clock) is left alone.
         """
         now = self._clock()
-        self._places.age(now)
+        self.places.age(now)
         self._allowance.renew(now, len(self.sessions), LONGEST_ROUND_S)
         self.rules.round_s = self._allowance.round_s(len(self.sessions))
         calls: list[Call] = []
@@ -205,7 +205,7 @@ class SessionWatch:
             elif first.is_end or known.id in self._in_flight:
                 self._due.pop()
                 self._come_up(known, first.is_end, now)
-            elif self._allowance.left() and self._places.is_free():
+            elif self._allowance.left() and self.places.is_free():
                 self._due.pop()
                 calls.append(self._call(known, now))
             else:
@@ -215,9 +215,9 @@ class SessionWatch:
     def to_end(self) -> list[Call]:
         """The calls to end now: those that hang while their places are wanted, and those whose reads hang."""
         now = self._clock()
-        wanted = min(self._allowance.left(), self._places.concurrency)
-        calls = self._places.oldest_hanging(now, self._due.due(now, wanted))
-        calls += [call for call in self._read_hangs if call in self._places]
+        wanted = min(self._allowance.left(), self.places.concurrency)
+        calls = self.places.oldest_hanging(now, self._due.due(now, wanted))
+        calls += [call for call in self._read_hangs if call in self.places]
         self._read_hangs.clear()
         for call in calls:
             call.end_tried_at = now
@@ -234,8 +234,8 @@ class SessionWatch:
         if at <= now and is_call:  # it waits for a place or the allowance
             if not self._allowance.left():
                 at = self._allowance.more_at(len(self.sessions))
-            elif not self._places.is_free():
-                return max(0.0, self._places.free_at(now) - now)
+            elif not self.places.is_free():
+                return max(0.0, self.places.free_at(now) - now)
         if at <= now:
             return 0.0
         return max(at - now, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions)))
@@ -317,7 +317,7 @@ class SessionWatch:
     def lost(self, call: Call) -> None:
         """The answer of a call could not be processed: its session is probed again."""
         now = self._clock()
-        self._places.free(call)
+        self.places.free(call)
         if self._in_flight.get(call.session) is call:
             del self._in_flight[call.session]
         known = self.known.get(call.session)
@@ -332,14 +332,7 @@ class SessionWatch:
 
     def in_flight(self) -> int:
         """Calls under way, those that hang included."""
-        return len(self._places)
-
-    def under_way(self) -> list[Call]:
-        return list(self._places)
-
-    def most_in_flight(self) -> int:
-        """With so many calls under way, those that hang are ended for others."""
-        return self._places.most
+        return len(self.places)
 
     # How a decision is carried out.
 
@@ -436,14 +429,14 @@ class SessionWatch:
         known.probed_at = now
         if read:
             self._due.probe_at(known, now + READ_HANGS_S)
-        self._places.take(call)
+        self.places.take(call)
         self._allowance.spend()
         self._in_flight[known.id] = call
         return call
 
     def _come_back(self, call: Call, now: float) -> Optional[Session]:
         """The session, if there is no newer generation than the call's; else None, and that one is probed now."""
-        self._places.free(call)
+        self.places.free(call)
         if self._in_flight.get(call.session) is not call:
             return None
         del self._in_flight[call.session]
