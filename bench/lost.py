@@ -118,7 +118,7 @@ class Run:
     """The stream of requests and the faults, and what became of them."""
 
     def __init__(self, cluster: Cluster, seconds: float) -> None:
-        self._lane = cluster
+        self._cluster = cluster
         self._script = script_of(seconds)
         self._over = threading.Event()
         self.sent: dict[int, Sent] = {}  # by room
@@ -129,8 +129,8 @@ class Run:
 
     def play(self) -> None:
         """All of it, to the end of the last request."""
-        bodies = [functools.partial(self._play_faults, number) for number in range(len(self._lane.decodes))]
-        bodies += [functools.partial(self._send_requests, prefill) for prefill in self._lane.prefills.values()]
+        bodies = [functools.partial(self._play_faults, number) for number in range(len(self._cluster.decodes))]
+        bodies += [functools.partial(self._send_requests, prefill) for prefill in self._cluster.prefills.values()]
         with concurrent.futures.ThreadPoolExecutor(len(bodies)) as side_by_side:
             try:
                 playing = [side_by_side.submit(body) for body in bodies]
@@ -144,7 +144,7 @@ class Run:
             each.result()
 
     def _play_faults(self, number: int) -> None:
-        decode = self._lane.decodes[number]
+        decode = self._cluster.decodes[number]
         for fault in self._script:
             if fault.decode != number:
                 continue
@@ -153,21 +153,21 @@ class Run:
             began = time.monotonic()
             with fault.in_force(decode):
                 if fault.is_injected:
-                    self._lane.blacklist(decode.session)
+                    self._cluster.blacklist(decode.session)
                 self._over.wait(fault.lasts_s)
                 ended = time.monotonic()
             self.spans.append(Span(fault, began, ended))
             say(f"{time.monotonic() - self.began:.0f} s: over: {fault.name}")
 
     def _send_requests(self, prefill: Manager) -> None:
-        offset = list(self._lane.prefills).index(prefill.name) / len(self._lane.prefills)  # they take turns
+        offset = list(self._cluster.prefills).index(prefill.name) / len(self._cluster.prefills)  # they take turns
         for number in itertools.count():
             due = self.began + (number + offset) / REQUESTS_PER_S
             if self._over.wait(max(0.0, due - time.monotonic())):
                 break
-            room, decode = new_room(), number % len(self._lane.decodes)
+            room, decode = new_room(), number % len(self._cluster.decodes)
             self.sent[room] = Sent(prefill.name, decode, time.monotonic())
-            start_request(prefill, self._lane.decodes[decode], room)
+            start_request(prefill, self._cluster.decodes[decode], room)
         deadline = time.monotonic() + REQUEST_DEADLINE_S
         left = number
         while left and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What do tests do to a manager whose engine is a Python object, and what do they wait for?"""
+"""What do tests do to a manager whose engine is a Python object?"""
 
 from __future__ import annotations
 
