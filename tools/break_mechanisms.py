@@ -408,21 +408,21 @@ BREAKS = [
     ),
     Break(
         "a peer that is gone is not said to cut probes short",
-        session_probe.ask_and_listen,
+        session_probe.probe_and_listen,
         " or not _takes_connections(session)",
         "",
         PROBE_TESTS,
     ),
     Break(
         "a peer that is stopped is not said to cut probes short",
-        session_probe.ask_and_listen,
+        session_probe.probe_and_listen,
         "rc == NO_ANSWER and time.monotonic() - began <= REFUSED_WITHIN_S",
         "rc == NO_ANSWER",
         PROBE_TESTS,
     ),
     Break("a stuck queue is named as a cause", FailedSessionLog.heard, "self._other_cause", '""', LOG_TESTS),
     Break("a long queue is no cause", session_probe.has_short_queue, "not is_long and", "", PROBE_TESTS),
-    Break("no probe that ends the process", session_probe.ask, " or tent_probe.why_no_probe()", "", TENT_TESTS),
+    Break("no probe that ends the process", session_probe.probe, " or tent_probe.why_no_probe()", "", TENT_TESTS),
     Break("no reads on TENT", Prober.__init__, " or _tent_probe.is_on()", "", TENT_TESTS),
     Break("no trial under the lock", conn._prober_of, "    _session_probe.can_probe(manager.engine)", "", TENT_TESTS),
     Break("no trial without TENT", tent_probe._has_namespace, " >= 0", " >= -1", TENT_TESTS),
@@ -828,7 +828,7 @@ BREAKS = [
     ),
     Break("an answer is kept in words", Prober._tell_answer, "said=self._in_words(answer)", 'said=""', CONN_TESTS),
     Break(
-        "a young probe does not hang", session_rows._row, "call.asked_at + Places.YOUNG_S", "call.asked_at", ROWS_TESTS
+        "a young probe does not hang", session_rows._row, "call.made_at + Places.YOUNG_S", "call.made_at", ROWS_TESTS
     ),
     Break("a probation that is over is not shown", session_rows.is_over, "now >= row.ends_at", "False", ROWS_TESTS),
     Break(

@@ -11,7 +11,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 HEADER = """\
-| release | native probe | doors | story | registration | off | taken back | teardown | Ascend | seconds |
+| release | native probe | loaded by | recovery | registration | off | deactivated | teardown | Ascend | seconds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | ---: |"""
 PLUGIN = "test_where_sglang_has_plugins_the_entry_point_alone_is_enough"
 ROW = re.compile(r"^\| (\d[\w.]*) \|.*$", re.MULTILINE)
@@ -21,12 +21,12 @@ def row(report: pathlib.Path) -> str:
     """One release: what it passed, from the names of its tests; "not there" where SGLang lacks what they are about."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     plugin = outcome(cases, PLUGIN)
-    story = outcome(cases, "test_story.")
+    recovery = outcome(cases, "test_story.")
     cells = [
         report.stem,
         next((property.get("value", "") for property in ElementTree.parse(report).iter("property")), "?"),
-        {"passed": "plugin, .pth", "not there": ".pth"}.get(plugin, plugin) if story == "passed" else story,
-        story,
+        {"passed": "plugin, .pth", "not there": ".pth"}.get(plugin, plugin) if recovery == "passed" else recovery,
+        recovery,
         outcome(cases, "test_a_registration_clears"),
         outcome(cases, "test_switched_off."),
         outcome(cases, "test_activation.", but=PLUGIN),

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 class Answer:
     """How one probe ended."""
 
-    rc: int  # of ``ask_and_listen``
+    rc: int  # of ``probe_and_listen``
     seconds: float
 
     def __str__(self) -> str:
@@ -101,11 +101,11 @@ class Answer:
 
 
 def _probe_repeatedly(engine: Any, session: str, count: int) -> list[Answer]:
-    from sglang.srt.disaggregation.mooncake.session_probe import ask_and_listen
+    from sglang.srt.disaggregation.mooncake.session_probe import probe_and_listen
 
     def probe() -> Answer:
         began = time.monotonic()
-        return Answer(ask_and_listen(engine, session), time.monotonic() - began)
+        return Answer(probe_and_listen(engine, session), time.monotonic() - began)
 
     answers: list[Answer] = []
     for number in range(count):
@@ -163,7 +163,7 @@ def _verify(engine: Any, session: str, address: int) -> bool:
     reader = session_probe.MemoryReader(engine, lambda _: types.SimpleNamespace(dst_kv_ptrs=[address]))
 
     def read() -> tuple[Any, str]:
-        if session_probe.ask(engine, session) != 0:
+        if session_probe.probe(engine, session) != 0:
             return None, ""
         reads = reader.begin(session)
         # Reads whose packets are dropped stay pending: they are given up when Mooncake would give up a transfer.

@@ -64,7 +64,7 @@ def in_the_engine() -> int:
 def is_in_the_engine(frame: types.FrameType | None) -> bool:
     """True if the frame is beneath one of the functions of session_probe.py that make these calls."""
     while frame is not None:
-        if frame.f_code.co_name in ("ask", "_read_one_by_one"):
+        if frame.f_code.co_name in ("probe", "_read_one_by_one"):
             return True
         frame = frame.f_back
     return False

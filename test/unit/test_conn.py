@@ -668,7 +668,7 @@ def test_a_mooncake_that_cannot_probe_is_told_at_the_start_and_once_a_session(
     monkeypatch.setattr(session_probe, "mooncake_version", lambda: "mooncake-transfer-engine 0.3.10.post2")
     engine = Engine()
     engine.engine = types.SimpleNamespace()  # Mooncake's own, behind the wrapper
-    engine.probe[D] = lambda: session_probe.ask(engine.engine, D)
+    engine.probe[D] = lambda: session_probe.probe(engine.engine, D)
     manager = make_manager(engine)
     blacklist(manager, D)
     assert wait_until(lambda: len(engine.asked) > 5)

@@ -28,7 +28,7 @@ class Crew:
         self.workers = Workers(NAME, self._make, self.answers)
 
     def start(self, number: int) -> list[Call]:
-        calls = [Call(f"decode:{one + 1}", generation=one, asked_at=0.0) for one in range(number)]
+        calls = [Call(f"decode:{one + 1}", generation=one, made_at=0.0) for one in range(number)]
         self.workers.start(calls)
         return calls
 

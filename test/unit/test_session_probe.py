@@ -531,7 +531,7 @@ def test_nothing_is_kept_of_reads_that_have_ended(read: Any) -> None:
 
 
 def call(session: str = D) -> Call:
-    return Call(session, generation=1, asked_at=0.0, read=True)
+    return Call(session, generation=1, made_at=0.0, read=True)
 
 
 class Watched:
@@ -735,10 +735,10 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("soon")
 def test_a_peer_that_takes_connections_and_cuts_probes_short_is_told_from_one_that_is_stopped_or_gone() -> None:
     with peer(reply=b"") as old, peer(reply=None) as stopped, peer(reply=b"{}") as healthy:
-        assert session_probe.ask_and_listen(ProbesByTcp(), old) == session_probe.CUT_SHORT
-        assert session_probe.ask_and_listen(ProbesByTcp(), stopped) == REFUSED
-        assert session_probe.ask_and_listen(ProbesByTcp(), healthy) == 0
-    assert session_probe.ask_and_listen(ProbesByTcp(), old) == REFUSED, "it is gone"
+        assert session_probe.probe_and_listen(ProbesByTcp(), old) == session_probe.CUT_SHORT
+        assert session_probe.probe_and_listen(ProbesByTcp(), stopped) == REFUSED
+        assert session_probe.probe_and_listen(ProbesByTcp(), healthy) == 0
+    assert session_probe.probe_and_listen(ProbesByTcp(), old) == REFUSED, "it is gone"
 
 
 @pytest.mark.usefixtures("soon")
@@ -747,7 +747,7 @@ def test_a_peer_that_starts_or_is_stopped_between_the_two_probes_does_not_cut_th
     reply: Optional[bytes], rc: int
 ) -> None:
     with peer(reply) as session:
-        assert session_probe.ask_and_listen(ProbesByTcp(REFUSED), session) == rc
+        assert session_probe.probe_and_listen(ProbesByTcp(REFUSED), session) == rc
 
 
 def test_one_look_is_at_so_many_peers_and_the_others_come_next(watched: Watched) -> None:

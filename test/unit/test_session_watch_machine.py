@@ -152,7 +152,7 @@ class Onlooker:
         return {session for session, known in self.known.items() if known.blacklisted}
 
     def young(self, now: float) -> list[Call]:
-        return [call for call in self.in_flight if now - call.asked_at < Places.YOUNG_S - 0.001]
+        return [call for call in self.in_flight if now - call.made_at < Places.YOUNG_S - 0.001]
 
     def note(self, entry: Entry) -> None:
         name = entry.what.name if isinstance(entry.what, Event) else entry.what
@@ -220,7 +220,7 @@ class Onlooker:
             if call.session == entry.session:
                 assert call.answered, f"two probes to {entry.session} at a time"
                 assert call not in known.fresh, f"{entry.session} was called while it was read"
-                assert call.end_tried_at > call.asked_at, f"{entry.session} was called while it could be read"
+                assert call.end_tried_at > call.made_at, f"{entry.session} was called while it could be read"
         self.in_flight.append(entry.detail)
         known.fresh.add(entry.detail)
         known.heard_of_at = entry.at
@@ -229,8 +229,8 @@ class Onlooker:
     def _note_ended(self, entry: Entry, known: Optional[Known]) -> None:
         call, now = entry.detail, entry.at
         assert call in self.in_flight
-        a_place_was_wanted = len(self.in_flight) == 2 * CONCURRENCY and now >= call.asked_at + Places.YOUNG_S - 0.001
-        was_to_read = call.read and call.answered and now >= call.asked_at + READ_HANGS_S - 0.001
+        a_place_was_wanted = len(self.in_flight) == 2 * CONCURRENCY and now >= call.made_at + Places.YOUNG_S - 0.001
+        was_to_read = call.read and call.answered and now >= call.made_at + READ_HANGS_S - 0.001
         assert a_place_was_wanted or was_to_read, f"the call to {entry.session} was ended for nothing"
 
     def _note_answer(self, entry: Entry, known: Optional[Known]) -> None:
@@ -245,7 +245,7 @@ class Onlooker:
             if not answered:
                 del self.known[entry.session]  # it cannot be told any more whether it can be read
         elif not answered:
-            known.was_gone |= entry.at - call.asked_at < 1.0 and not call.ended
+            known.was_gone |= entry.at - call.made_at < 1.0 and not call.ended
             known.answered_since = known.late_since = known.reads_since = None
         else:
             if known.answered_since is None:
@@ -333,7 +333,7 @@ class Onlooker:
         """When its reads were begun, or the call that is to begin them."""
         if known.reads_since is not None:
             return known.reads_since
-        began = [call.asked_at for call in self.in_flight if call in known.fresh and call.read and call.answered]
+        began = [call.made_at for call in self.in_flight if call in known.fresh and call.read and call.answered]
         assert began, f"{session} was let in because its reads hang, and it is not read"
         return began[0]
 
@@ -430,7 +430,7 @@ class BlacklistMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.prober.reads)
     @rule(data=st.data())
     def some_reads_end_now(self, data: st.DataObject) -> None:
-        reads = sorted(self.prober.reads, key=lambda call: (call.session, call.asked_at))
+        reads = sorted(self.prober.reads, key=lambda call: (call.session, call.made_at))
         self.prober.show(data.draw(st.sampled_from(reads)), data.draw(st.sampled_from(list(Verdict))))
 
     @rule(seconds=st.sampled_from([0.0, 0.1, 0.3, 1.0, 1.2, 3.0, 10.0, 61.0, 101.0]))
@@ -554,6 +554,7 @@ def reachable(watch: SessionWatch) -> int:
 EMPTY = reachable(SessionWatch(FailedSessionProbeSettings(), clock=Clock()))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 600)
 def test_every_promise_is_kept_in_every_story() -> None:
     until = time.monotonic() + MINUTES * 60

@@ -202,7 +202,7 @@ class VirtualProber:
             self._note("answer", call.session, (call, answered))
             peer = self._peers[call.session]
             reading = call.read and answered
-            took_s = self.clock.now - call.asked_at
+            took_s = self.clock.now - call.made_at
             refused = not answered and took_s < 1.0 and not call.ended
             cuts_short = call.listen and peer.cuts_short
             said = "answered" if answered else "cut short" if cuts_short else "refused" if refused else "no answer"

@@ -51,8 +51,8 @@ def _row(known: Session, call: Optional[Call], now: float) -> Row:
         known.unreadable,
     )
     if call is not None and call.answered:
-        reads_since = call.asked_at  # the call is still beginning to read
-    hangs = call is not None and not call.answered and now >= call.asked_at + Places.YOUNG_S
+        reads_since = call.made_at  # the call is still beginning to read
+    hangs = call is not None and not call.answered and now >= call.made_at + Places.YOUNG_S
     may_open = answered_since is not None and (unreadable or reads_since is not None)
     return Row(
         session=known.id if is_session_id(known.id) else printable_repr(known.id),
@@ -61,7 +61,7 @@ def _row(known: Session, call: Optional[Call], now: float) -> Row:
         refused=known.refused,
         probed_at=known.probed_at,
         probe_said=known.probe_said,
-        hangs_since=call.asked_at if call is not None and hangs else None,
+        hangs_since=call.made_at if call is not None and hangs else None,
         settled_at=None if answered_since is None else answered_since + known.rules.settings.settle_s,
         held_until=known.hold_ends_at(),
         reads_said=known.reads_said,

@@ -214,7 +214,7 @@ class _FailedSessionProber:
         anything.
         """
         began = time.monotonic()
-        probe = _session_probe.ask_and_listen if call.listen and self._can_probe else _session_probe.ask
+        probe = _session_probe.probe_and_listen if call.listen and self._can_probe else _session_probe.probe
         rc = probe(self._engine, call.session)
         took_s = time.monotonic() - began
         call.answered = rc == 0
@@ -403,7 +403,7 @@ def _run_bare_pass(manager: Any) -> None:
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     workers = _probe_workers.Workers(
         _WORKER_THREAD,
-        lambda call: _probe_workers.Answer(call, _session_probe.ask(manager.engine, call.session)),
+        lambda call: _probe_workers.Answer(call, _session_probe.probe(manager.engine, call.session)),
         answers,
     )
     to_probe = _session_watch.SessionWatch(FailedSessionProbeSettings(verify=False), counts)

@@ -22,7 +22,7 @@ class Call:
 
     session: str
     generation: int
-    asked_at: float
+    made_at: float
     read: bool = False
     listen: bool = False  # if the probe fails at once, look whether the peer accepts connections
     answered: bool = False  # the probe was, and reads are being begun
@@ -123,7 +123,7 @@ class Places:
 
     def age(self, now: float) -> None:
         """Calls that are no longer young hang."""
-        for call in list(itertools.takewhile(lambda call: now >= call.asked_at + self.YOUNG_S, self._young)):
+        for call in list(itertools.takewhile(lambda call: now >= call.made_at + self.YOUNG_S, self._young)):
             del self._young[call]
             self._hanging[call] = None
 
@@ -141,7 +141,7 @@ class Places:
     def free_at(self, now: float) -> float:
         """When there may be a place, if no call returns before."""
         if len(self) < self.most and self._young:
-            return next(iter(self._young)).asked_at + self.YOUNG_S
+            return next(iter(self._young)).made_at + self.YOUNG_S
         return now + self.TRY_AGAIN_S
 
 

@@ -34,7 +34,7 @@ READS_AT_A_TIME = 4
 READ_BYTES = 8
 # Mooncake's rc of a probe that nobody answered, for whatever reason, and of one to a host that is not known.
 NO_ANSWER, UNKNOWN_HOST = -102, -101
-# What ``ask_and_listen`` returns beside them.
+# What ``probe_and_listen`` returns beside them.
 CUT_SHORT = -1000
 # A probe that is answered, refused or cut short comes back in a millisecond or less.
 REFUSED_WITHIN_S = 1.0
@@ -103,7 +103,7 @@ def _open_files() -> Iterator[str]:
                 yield os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-def ask(engine: Any, session: str) -> int:
+def probe(engine: Any, session: str) -> int:
     """Sends one probe and returns its rc: 0 if the peer answered, -1 where the engine cannot probe.
 
     Blocks for up to a minute and longer; hold no lock. Whatever the engine raises is raised.
@@ -115,17 +115,17 @@ def ask(engine: Any, session: str) -> int:
     return rc if type(rc) is int else -1
 
 
-def ask_and_listen(engine: Any, session: str) -> int:
-    """As ``ask``, but returns CUT_SHORT if the peer accepts connections and closes them without an answer.
+def probe_and_listen(engine: Any, session: str) -> int:
+    """As ``probe``, but returns CUT_SHORT if the peer accepts connections and closes them without an answer.
 
     To a process that is gone nothing connects, and one that is stopped leaves the probe hanging.
     """
     began = time.monotonic()
-    rc = ask(engine, session)
+    rc = probe(engine, session)
     if rc != NO_ANSWER or time.monotonic() - began > REFUSED_WITHIN_S or not _takes_connections(session):
         return rc
     began = time.monotonic()
-    rc = ask(engine, session)  # the process may have started just before the connection
+    rc = probe(engine, session)  # the process may have started just before the connection
     return CUT_SHORT if rc == NO_ANSWER and time.monotonic() - began <= REFUSED_WITHIN_S else rc
 
 

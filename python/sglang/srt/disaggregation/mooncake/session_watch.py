@@ -394,13 +394,13 @@ class SessionWatch:
         """Has a call ended whose reads hang. A probe may hang: then it is answered as soon as the peer resumes."""
         if not call.read:
             return
-        if not call.answered or now < call.asked_at + READ_HANGS_S:
+        if not call.answered or now < call.made_at + READ_HANGS_S:
             self._due.probe_at(known, now + READ_HANGS_S)
             return
         self._read_hangs.append(call)
         if call.generation == known.generation:
             self._carry_out(known, known.read_hangs(now), now)
-        elif call.end_tried_at < call.asked_at:
+        elif call.end_tried_at < call.made_at:
             self._due.probe_at(known, now + READ_HANGS_S)
         else:  # it cannot be ended, and only its reads are under way: the probe for a newer failure need not wait
             del self._in_flight[known.id]

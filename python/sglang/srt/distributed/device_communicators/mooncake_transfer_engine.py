@@ -19,9 +19,9 @@ def send_probe(self: Any, peer_session_id: str) -> int:
     Blocks for 0.2 ms for a live peer, for a minute and longer for a stopped one; any thread, no lock held.
     """
     # Imported late, because SGLang imports this module early, and the connector's package pulls in half of SGLang.
-    from sglang.srt.disaggregation.mooncake.session_probe import ask
+    from sglang.srt.disaggregation.mooncake.session_probe import probe
 
-    return ask(self.engine, peer_session_id)
+    return probe(self.engine, peer_session_id)
 
 
 def patch_failed_session_probe(patch: Any, sglang: dict[str, Any]) -> None:
