@@ -168,19 +168,29 @@ BREAKS = [
         "backoff_s(first_s, 2 * self.failed_first_uses, settings.max_interval_s)",
         "first_s",
     ),
-    Break("unreachable peers rest over RDMA", Rules.turn_to_read_at, "now + 2.0 * takes_s", "now"),
+    Break("pauses between reads of unreachable peers over RDMA", Rules.turn_to_read_at, "now + 2.0 * takes_s", "now"),
     Break(
-        "who waits for a turn says so",
+        "a session that waits for its turn is shown as waiting",
         session_rows._why_out,
         "if row.turn_at is not None and now < row.turn_at:",
         "if False:",
         ROWS_TESTS,
     ),
-    Break("a turn in each INTERVAL", Rules.turn_to_read_at, ", now + self.interval_s)", ", 1e9)"),
-    Break("they take turns", Rules.turn_to_read_at, "self.next_turn_at = turn_at + 3.0 * takes_s", ""),
-    Break("a probe in each INTERVAL meanwhile", Session._read_again, "if at <= sooner else ProbeAt(sooner)", ""),
-    Break("no rest where there is nobody else", Rules.turn_to_read_at, "and self.has_others()", ""),
-    Break("no rest over TCP", Rules.turn_to_read_at, "self.over_rdma and ", ""),
+    Break("each unreachable peer has a turn in INTERVAL", Rules.turn_to_read_at, ", now + self.interval_s)", ", 1e9)"),
+    Break(
+        "unreachable peers take turns over RDMA",
+        Rules.turn_to_read_at,
+        "self.next_turn_at = turn_at + 3.0 * takes_s",
+        "",
+    ),
+    Break(
+        "a peer is probed once in INTERVAL between its reads",
+        Session._read_again,
+        "if at <= sooner else ProbeAt(sooner)",
+        "",
+    ),
+    Break("no such pauses while there is no other peer", Rules.turn_to_read_at, "and self.has_others()", ""),
+    Break("no such pauses over TCP", Rules.turn_to_read_at, "self.over_rdma and ", ""),
     Break(
         "one session of an unreachable machine is read",
         SessionWatch._call,
@@ -193,9 +203,14 @@ BREAKS = [
         "del self._read_last[_machine(known)]",
         "pass",
     ),
-    Break("nor one that a cleared blacklist had", SessionWatch.cleared, "self._read_last.clear()", "pass"),
+    Break("a cleared blacklist holds up no neighbours", SessionWatch.cleared, "self._read_last.clear()", "pass"),
     Break("no neighbours are read over TCP", SessionWatch.read, "self.rules.over_rdma and ", ""),
-    Break("a readable session has its neighbours read", SessionWatch.read, "self._read_neighbours(known, now)", "pass"),
+    Break(
+        "one readable session ends the wait of others on its machine",
+        SessionWatch.read,
+        "self._read_neighbours(known, now)",
+        "pass",
+    ),
     Break("late fail-open over RDMA", Session.opens_after_s, "120.0 if self.rules.over_rdma else 0.0", "0.0"),
     Break("settles again after a read that waited", Session._settles_again, "return self", "return False and self"),
     Break(
@@ -257,7 +272,7 @@ BREAKS = [
         "        return self._read_on_probation(now, Verdict.UNREADABLE)\n",
         "        return None\n",
     ),
-    Break("one use is no proof", Session.probation_ends, "self.uses < 2 or", ""),
+    Break("one use proves nothing", Session.probation_ends, "self.uses < 2 or", ""),
     Break(
         "longer probation for slow transfers",
         Session.ends_at,
@@ -266,7 +281,7 @@ BREAKS = [
     ),
     Break("hold forgotten after a quiet spell", Session.is_past, "now >= self.ends_at() or", ""),
     Break("registration ends probation", Session.is_past, "or registration is not self.registration", ""),
-    Break("a look at the data path in each outage", Session._begin_outage, "        self.unreadable = None\n", ""),
+    Break("the data path is read in each outage", Session._begin_outage, "        self.unreadable = None\n", ""),
     # All sessions.
     Break("generation check", SessionWatch._come_back, "if known.generation != call.generation:", "if False:"),
     Break("generation check, of reads", SessionWatch.waits_for, "and known.generation == call.generation", ""),
@@ -424,7 +439,13 @@ BREAKS = [
     Break("a long queue is no cause", session_probe.has_short_queue, "not is_long and", "", PROBE_TESTS),
     Break("no probe that ends the process", session_probe.probe, " or tent_probe.why_no_probe()", "", TENT_TESTS),
     Break("no reads on TENT", Prober.__init__, " or _tent_probe.is_on()", "", TENT_TESTS),
-    Break("no trial under the lock", conn._prober_of, "    _session_probe.can_probe(manager.engine)", "", TENT_TESTS),
+    Break(
+        "no trial for TENT under the lock",
+        conn._prober_of,
+        "    _session_probe.can_probe(manager.engine)",
+        "",
+        TENT_TESTS,
+    ),
     Break("no trial without TENT", tent_probe._has_namespace, " >= 0", " >= -1", TENT_TESTS),
     Break(
         "a trial that hangs ends", tent_probe.why_no_probe, "            timeout=_CHILD_DEADLINE_S,\n", "", TENT_TESTS
@@ -441,7 +462,7 @@ BREAKS = [
         HUNG_CALL_TESTS,
     ),
     Break(
-        "what hangs holds up none of its batch",
+        "a call that hangs holds up none of those started with it",
         Workers.start,
         "        while self._waiting:\n            self._start_next()\n",
         "",
@@ -487,7 +508,7 @@ BREAKS = [
         f"{FAULTS}/test_exits.py",
     ),
     Break(
-        "a thread that cannot be ended waits for the end",
+        "a thread whose call cannot be ended sleeps until the exit",
         Prober.stop_at_exit,
         "            _hold_threads_that_terminate()\n",
         "            pass\n",
@@ -501,7 +522,7 @@ BREAKS = [
         CONN_TESTS,
     ),
     Break(
-        "a pass by hand asks all that is due",
+        "a pass by hand probes all that is due",
         Prober.run_pass,
         "left > 0 and self.watch.waits_for_allowance() and not self.shutdown.is_set()",
         "False",
@@ -529,10 +550,13 @@ BREAKS = [
         PATCH_TESTS,
     ),
     Break(
-        "lost answers are asked for again", Prober._hand_over, "                    self.watch.lost(answer.call)\n", ""
+        "a session whose answer was lost is probed again",
+        Prober._hand_over,
+        "                    self.watch.lost(answer.call)\n",
+        "",
     ),
     Break(
-        "one lost answer costs no other",
+        "a lost answer costs no other answer",
         Prober._hand_over,
         "                except Exception as raised:  # the other",
         "                except ZeroDivisionError as raised:  # the other",
@@ -544,13 +568,13 @@ BREAKS = [
         "keep=0 if wait_s is None else 10**9",
     ),
     Break(
-        "the plain set comes back",
+        "the plain set comes back if the probe cannot start",
         conn._start_failed_session_probe,
         "manager.failed_sessions = set(manager.failed_sessions)",
         "pass",
     ),
     Break(
-        "said before a long silence",
+        "log lines are summed up before a long wait",
         Prober.run,
         "                    self._log.sum_up(at_once=True)  # it may",
         "                    pass  # it may",
@@ -579,21 +603,21 @@ BREAKS = [
     ),
     # Settings.
     Break(
-        "digits as an operator writes them",
+        "a setting is a plain decimal number",
         environ._probe_seconds,
         "_PROBE_SECONDS.fullmatch(value)",
         'not set(value) - set("0123456789._eE-")',
         SETTINGS_TESTS,
     ),
     Break(
-        "no interval that nothing can be divided by",
+        "an interval too small to divide by is refused",
         environ._probe_seconds,
         "(0 if zero_allowed else _PROBE_LEAST_S) <=",
         "(0 if zero_allowed else 5e-324) <=",
         SETTINGS_TESTS,
     ),
     Break(
-        "a count that can be meant",
+        "CONCURRENCY has an upper bound",
         environ._probe_count,
         "digits and int(digits[1]) <= _PROBE_MOST",
         "digits",
@@ -615,12 +639,14 @@ BREAKS = [
         CONN_TESTS,
     ),
     Break("what is logged is escaped", HarmlessLogger.log, "*map(_shown, arguments)", "*arguments", LOG_TESTS),
-    Break("what is not printable is escaped", printable, "cut.isprintable()", "True", LOG_TESTS),
-    Break("what is long is cut", printable, "text[:most]", "text", LOG_TESTS),
-    Break("a forged line in a traceback is set in", harmless_logger._shown, '"\\n  ".join', '"\\n".join', LOG_TESTS),
-    Break("labels break no table", status._row, "printable(probes, table.LONGEST_CELL)", "probes", STATUS_TESTS),
+    Break("unprintable characters are escaped", printable, "cut.isprintable()", "True", LOG_TESTS),
+    Break("long text is cut", printable, "text[:most]", "text", LOG_TESTS),
+    Break("lines of a traceback are indented", harmless_logger._shown, '"\\n  ".join', '"\\n".join', LOG_TESTS),
     Break(
-        "no number beyond counting",
+        "labels do not break the table", status._row, "printable(probes, table.LONGEST_CELL)", "probes", STATUS_TESTS
+    ),
+    Break(
+        "numbers that overflow are not read from a page",
         status._whole,
         "abs(value) < _BEYOND_COUNTING",
         "math.isfinite(value)",
@@ -641,14 +667,14 @@ BREAKS = [
         CONN_TESTS,
     ),
     Break(
-        "what cannot be said stops nothing",
+        "an object whose repr() raises stops nothing",
         printable_repr,
         "except Exception:",
         "except ZeroDivisionError:",
         PROBE_TESTS,
     ),
     Break(
-        "what somebody else has taken away stops no way back",
+        "deactivate() goes on where somebody has removed an attribute",
         patch.Patch.take_back,
         "contextlib.suppress(Exception)",
         "contextlib.nullcontext()",
@@ -661,8 +687,20 @@ BREAKS = [
         "False",
         LOG_TESTS,
     ),
-    Break("what was said long ago is forgotten", Said.is_new, "len(self._latest) > SAID_LIMIT", "False", LOG_TESTS),
-    Break("what is said is one of the latest", Said.is_new, "        self._latest.move_to_end(said)\n", "", LOG_TESTS),
+    Break(
+        "only the latest sessions are remembered for which something was logged",
+        Said.is_new,
+        "len(self._latest) > SAID_LIMIT",
+        "False",
+        LOG_TESTS,
+    ),
+    Break(
+        "a session for which something is logged again is remembered anew",
+        Said.is_new,
+        "        self._latest.move_to_end(said)\n",
+        "",
+        LOG_TESTS,
+    ),
     Break("log lines are summed up", FailedSessionLog._say, "if spell.said < LINES_IN_A_SPELL:", "if True:", LOG_TESTS),
     Break(
         "left out log lines are counted",
@@ -689,7 +727,7 @@ BREAKS = [
     Break("gauges begin at 0", metrics._with_file_of_its_own, "made.set(0)", "pass", METRICS_TESTS),
     Break("gauges in files of our own", metrics._with_file_of_its_own, "_our_values()", "usual", METRICS_TESTS),
     Break(
-        "a process that lives holds a lock",
+        "a live process holds a lock on its gauges",
         metrics._claimed,
         "        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "",
@@ -703,9 +741,19 @@ BREAKS = [
         METRICS_TESTS,
     ),
     Break(
-        "its own lock is not let go of", metrics._forget_dead_processes, "if name == own:", "if False:", METRICS_TESTS
+        "a process does not release its own lock",
+        metrics._forget_dead_processes,
+        "if name == own:",
+        "if False:",
+        METRICS_TESTS,
     ),
-    Break("locks of other machines say nothing", metrics._forget_dead_processes, '"*-{_boot()}"', '"*"', METRICS_TESTS),
+    Break(
+        "files of another machine's gauges are left alone",
+        metrics._forget_dead_processes,
+        '"*-{_boot()}"',
+        '"*"',
+        METRICS_TESTS,
+    ),
     Break(
         "the usual files for all other metrics",
         metrics._with_file_of_its_own,
@@ -746,7 +794,7 @@ BREAKS = [
     ),
     Break("written once a second at most", SessionsFile.write_if_due, "now >= self._next_at", "True", FILE_TESTS),
     Break(
-        "what costs more is written seldomer",
+        "a file that takes long to write is written less often",
         SessionsFile.write_if_due,
         "gap_per_write * (self._cpu_clock() - began)",
         "0.0",
@@ -760,7 +808,7 @@ BREAKS = [
         FILE_TESTS,
     ),
     Break(
-        "that nothing is blacklisted any more is written",
+        "the file is written once more when the blacklist is empty",
         SessionsFile.write_if_due,
         "            self._is_out_of_date = blacklisted\n",
         "            self._is_out_of_date = False\n",
@@ -773,11 +821,17 @@ BREAKS = [
         "except KeyError as fault:",
         FILE_TESTS,
     ),
-    Break("it is in the next folder", SessionsFile._write, "in folders():", "in folders()[:1]:", FILE_TESTS),
-    Break("a scheduler that lives has a lock", SessionsFile._replace, "fcntl.lockf(", "id(", FILE_TESTS),
-    Break("nobody sees half a file", SessionsFile._replace, "file.flush()", "pass", FILE_TESTS),
-    Break("a write that fails leaves nothing", SessionsFile._replace, "_remove(new)", "pass", FILE_TESTS),
-    Break("nobody else reads it", SessionsFile._replace, "0o600", "0o666", FILE_TESTS),
+    Break(
+        "where the first folder cannot be written, the next is used",
+        SessionsFile._write,
+        "in folders():",
+        "in folders()[:1]:",
+        FILE_TESTS,
+    ),
+    Break("a live scheduler holds a lock on its file", SessionsFile._replace, "fcntl.lockf(", "id(", FILE_TESTS),
+    Break("a file is replaced in one step", SessionsFile._replace, "file.flush()", "pass", FILE_TESTS),
+    Break("a failed write leaves no file", SessionsFile._replace, "_remove(new)", "pass", FILE_TESTS),
+    Break("the file has permissions 0600", SessionsFile._replace, "0o600", "0o666", FILE_TESTS),
     Break("its file is gone with a manager", Prober.run, "        self._file.remove()\n", "", FILE_TESTS),
     Break("what dead schedulers left is removed", sessions_file.remove_dead, "read(path)", "pass", FILE_TESTS),
     Break(
@@ -794,13 +848,15 @@ BREAKS = [
         "if True:",
         FILE_TESTS,
     ),
-    Break("a dead one is not read", sessions_file.read, "if _is_locked(descriptor):", "if True:", FILE_TESTS),
+    Break(
+        "a dead scheduler's file is not read", sessions_file.read, "if _is_locked(descriptor):", "if True:", FILE_TESTS
+    ),
     Break("no link is followed", sessions_file.read, " | os.O_NOFOLLOW", "", FILE_TESTS),
-    Break("a pipe holds nobody up", sessions_file.read, " | os.O_NONBLOCK", "", FILE_TESTS),
+    Break("opening a pipe does not block", sessions_file.read, " | os.O_NONBLOCK", "", FILE_TESTS),
     Break("no folder is read", sessions_file.read, "if not stat.S_ISREG(found.st_mode):", "if False:", FILE_TESTS),
     Break("no file of another user is read", sessions_file.read, "not in (0, found.st_uid)", "is None", FILE_TESTS),
     Break("no endless file is read", sessions_file.read, "found.st_size > _MOST_BYTES", "False", FILE_TESTS),
-    Break("another clock is not believed", sessions_file.read, "> time.monotonic() + 1.0", "== 0", FILE_TESTS),
+    Break("a file with another clock is refused", sessions_file.read, "> time.monotonic() + 1.0", "== 0", FILE_TESTS),
     Break(
         "no other format is read",
         sessions_file._parsed,
@@ -810,10 +866,14 @@ BREAKS = [
     ),
     Break("each field is of its type", sessions_file._parsed, "if not _is_one_of(", "if 0 in (", FILE_TESTS),
     Break(
-        "no moment beyond counting", sessions_file._is_one_of, "not -1e15 < value < 1e15", "value is None", FILE_TESTS
+        "times that overflow are not read from a file",
+        sessions_file._is_one_of,
+        "not -1e15 < value < 1e15",
+        "value is None",
+        FILE_TESTS,
     ),
     Break(
-        "a session is seen when it is whole",
+        "a session is visible only once it is complete",
         SessionWatch.failed,
         "known = Session(session, self.rules, now)",
         "known = self.known[session] = Session(session, self.rules, now)",
@@ -826,9 +886,19 @@ BREAKS = [
         "self.probe_said, self.reads_said = (getattr(self, name, '') for name in ('probe_said', 'reads_said'))",
         ROWS_TESTS,
     ),
-    Break("an answer is kept in words", Prober._tell_answer, "said=self._in_words(answer)", 'said=""', CONN_TESTS),
     Break(
-        "a young probe does not hang", session_rows._row, "call.made_at + Places.YOUNG_S", "call.made_at", ROWS_TESTS
+        "the last answer is kept in words for the operator",
+        Prober._tell_answer,
+        "said=self._in_words(answer)",
+        'said=""',
+        CONN_TESTS,
+    ),
+    Break(
+        "a probe under way for a moment is not shown as hanging",
+        session_rows._row,
+        "call.made_at + Places.YOUNG_S",
+        "call.made_at",
+        ROWS_TESTS,
     ),
     Break("a probation that is over is not shown", session_rows.is_over, "now >= row.ends_at", "False", ROWS_TESTS),
     Break(
@@ -838,8 +908,14 @@ BREAKS = [
         "except KeyError as why:",
         SESSIONS_TESTS,
     ),
-    Break("what a file says breaks no table", sessions._cells, "printable(row.session)", "row.session", SESSIONS_TESTS),
-    Break("rows that are old are said to be", sessions._notes, "age_s > _OLD_S", "False", SESSIONS_TESTS),
+    Break(
+        "what is read from a file does not break the table",
+        sessions._cells,
+        "printable(row.session)",
+        "row.session",
+        SESSIONS_TESTS,
+    ),
+    Break("old rows are said to be old", sessions._notes, "age_s > _OLD_S", "False", SESSIONS_TESTS),
     # The most important ones once more, on real engines.
     Break(
         "generation check, real engines",
