@@ -37,13 +37,13 @@ CONNECTORS = ("common", "mooncake", "ascend")
 ENGINE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
 OLD_ENGINE = "sglang.srt.disaggregation.mooncake.transfer_engine"  # to 0.5.8.post1
 PR_SET_PDEATHSIG = 1
+HOST = os.environ.get("SGLANG_HOST_IP", "127.0.0.1")
 
 
 def end_with_parent() -> None:
     """Have the kernel kill this process, also a stopped one, when the test run that started it is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)
+    if os.getppid() != 1:  # in an emulated machine; the parent would be the thread that has started this process
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def take_stdout() -> TextIO:
@@ -68,7 +68,7 @@ class JsonLines(logging.Handler):
 
 def free_port() -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((HOST, 0))
         return listener.getsockname()[1]
 
 
@@ -76,7 +76,7 @@ def wait_until_listening(port: int, deadline_s: float = 20) -> None:
     deadline = time.monotonic() + deadline_s
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            socket.create_connection((HOST, port), 1).close()
             return
         except OSError:
             if time.monotonic() > deadline:
@@ -167,7 +167,7 @@ class Release:
     def configure(self, role: str, bootstrap_port: int) -> Any:
         """Put the configuration of a node in that role where this release looks for it; return the server_args."""
         if self.context is None:
-            self._be_alone_on_loopback()
+            self._be_alone()
             if self.get_parallel is not None:
                 self._answer_for_process_groups(self.get_parallel())
             return self._plain_server_args(bootstrap_port)
@@ -177,7 +177,7 @@ class Release:
         server_args = ServerArgs(
             model_path="dummy",  # resolved without reading a model's configuration
             device="cpu",
-            host="127.0.0.1",
+            host=HOST,
             disaggregation_mode=role,
             disaggregation_transfer_backend="mooncake",
             disaggregation_bootstrap_port=bootstrap_port,
@@ -189,7 +189,7 @@ class Release:
             self.context.get_parallel().override_permanently(pp_group=None)  # as initialize_model_parallel does
         else:
             self.context.publish(server_args, role="scheduler")
-            self._be_alone_on_loopback()
+            self._be_alone()
             self._answer_for_process_groups(self.context.get_parallel())
         return server_args
 
@@ -203,7 +203,7 @@ class Release:
     @staticmethod
     def _plain_server_args(bootstrap_port: int) -> types.SimpleNamespace:
         return types.SimpleNamespace(
-            host="127.0.0.1",
+            host=HOST,
             port=0,
             disaggregation_bootstrap_port=bootstrap_port,
             dist_init_addr=None,
@@ -220,11 +220,11 @@ class Release:
         )
 
     @staticmethod
-    def _be_alone_on_loopback() -> None:
-        """Let the manager be the only rank, on loopback, wherever this release imports the functions that ask."""
+    def _be_alone() -> None:
+        """Let the manager be the only rank, at HOST, wherever this release imports the functions that ask."""
         single = {"get_attention_tp_size": 1, "get_attention_cp_size": 1, "get_attention_dp_size": 1}
         first = {"get_attention_tp_rank": 0, "get_attention_cp_rank": 0, "get_attention_dp_rank": 0}
-        address = {"get_local_ip_by_remote": "127.0.0.1", "get_local_ip_auto": "127.0.0.1"}
+        address = {"get_local_ip_by_remote": HOST, "get_local_ip_auto": HOST}
         last_stage = {"get_pp_group": types.SimpleNamespace(is_last_rank=True)}
         for connector in CONNECTORS:
             module = sys.modules.get(f"sglang.srt.disaggregation.{connector}.conn")
@@ -279,7 +279,7 @@ class ManagerProcess:
                 self._construct(self._manager_class(), role)
         except ValueError as error:
             return {"refused": str(error)}
-        return {"session": self.manager.get_session_id(), "bootstrap": f"127.0.0.1:{self.bootstrap_port}"}
+        return {"session": self.manager.get_session_id(), "bootstrap": f"{HOST}:{self.bootstrap_port}"}
 
     def make_while_transfers_fail(self, session: str, more: list[str]) -> dict[str, Any]:
         """Construct a prefill manager. `session` fails as soon as the stock constructor has made the blacklist, and
@@ -315,12 +315,12 @@ class ManagerProcess:
         if role == "prefill" and self.bootstrap_server is None:
             self.bootstrap_port = free_port()
             server = self.conn.MooncakeKVBootstrapServer
-            host = ["127.0.0.1"] if takes(server, "host") else []
+            host = [HOST] if takes(server, "host") else []
             self.bootstrap_server = server(*host, self.bootstrap_port)
             wait_until_listening(self.bootstrap_port)
         server_args = self.release.configure(role, self.bootstrap_port)
         if hasattr(self._engine_module(), "init_mooncake_transfer_engine"):
-            self._engine_module().init_mooncake_transfer_engine("127.0.0.1", 0, None)  # the first call makes it
+            self._engine_module().init_mooncake_transfer_engine(HOST, 0, None)  # the first call makes it
         self.manager = manager_class(self.memory.kv_args(), DisaggregationMode(role), server_args, False)
 
     def fill(self, seed: int) -> dict[str, Any]:
@@ -350,7 +350,7 @@ class ManagerProcess:
 
     def await_receiver(self, room: int) -> dict[str, Any]:
         """Prefill: wait until decode has handed over its pages."""
-        own = f"127.0.0.1:{self.bootstrap_port}"
+        own = f"{HOST}:{self.bootstrap_port}"
         self.transfers[room] = self.conn.MooncakeKVSender(self.manager, own, room, *self.sender_ranks())
         return self._outcome(room, "WaitingForInput", 20)
 
@@ -461,7 +461,7 @@ def ascend_library() -> type:
 
         def __init__(self) -> None:
             super().__init__()
-            assert super().initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+            assert super().initialize(HOST, "P2PHANDSHAKE", "tcp", "") == 0
 
         def initialize(self, *address: Any) -> int:
             return 0

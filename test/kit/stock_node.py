@@ -100,7 +100,7 @@ class StockNode:
 
     def records(self, containing: str = "", level: str = "") -> list[str]:
         """The log messages so far that contain a text and have a level."""
-        records = [json.loads(line) for line in self._log.read_text().splitlines()]
+        records = [json.loads(line) for line in self._read_log().splitlines()]
         return [r["message"] for r in records if containing in r["message"] and level in ("", r["level"])]
 
     def wait_for_record(self, containing: str, deadline_s: float = 10.0) -> None:
@@ -139,6 +139,9 @@ class StockNode:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+    def _read_log(self) -> str:
+        return self._log.read_text()
 
     def _read_answers(self) -> None:
         for line in self._process.stdout:

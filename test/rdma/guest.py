@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-HERE = pathlib.Path(__file__).resolve().parent
 # Of the network cards: over the first the machines shake hands, the others are RDMA devices.
 SUBNETS = ("192.168.77", "192.168.78", "192.168.79")
 
@@ -39,8 +38,11 @@ class Guest:
             raise RuntimeError(f"{command} gave {done.returncode}: {done.stdout}")
         return done.stdout
 
-    def start(self, name: str, role: str, environment: dict[str, str]) -> Any:
-        """Starts a node, in place of one by that name; gives what it says of itself when it is ready."""
+    def start(self, name: str, command: list[str], environment: dict[str, str]) -> Any:
+        """Starts a node, in place of one by that name; gives the line that it writes when it is ready.
+
+        A node takes a line of JSON on stdin and answers with one on stdout.
+        """
         if name in self._nodes:
             self.kill(name)
         variables = {
@@ -52,7 +54,7 @@ class Guest:
         }
         with self._log(name).open("a") as log:
             self._nodes[name] = subprocess.Popen(
-                [sys.executable, str(HERE / "guest_node.py"), role],
+                command,
                 env=variables,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -62,12 +64,12 @@ class Guest:
         self._one_at_a_time[name] = threading.Lock()
         return self._answer(name)
 
-    def ask(self, name: str, command: str, arguments: list[Any]) -> Any:
-        """Has a node do something and gives its answer."""
+    def ask(self, name: str, command: Any) -> Any:
+        """Hands a node a command and gives its answer."""
         with self._one_at_a_time[name]:
             stdin = self._nodes[name].stdin
             assert stdin is not None
-            stdin.write(json.dumps([command, arguments]) + "\n")
+            stdin.write(json.dumps(command) + "\n")
             stdin.flush()
             return self._answer(name)
 
@@ -101,10 +103,7 @@ class Guest:
         line = stdout.readline()
         if not line:
             raise RuntimeError(f"{name} has ended with {self._nodes[name].wait()}: {self.log(name)[-3000:]}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["value"]
+        return json.loads(line)
 
 
 def set_up_networks(machine: str, devices: int) -> None:

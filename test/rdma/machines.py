@@ -66,6 +66,7 @@ class Machine:
 
     def __init__(self, number: int, parts: Image, devices: int, cables: list[Cable], folder: pathlib.Path) -> None:
         self.number = number
+        self._folder = folder
         self._agent, self._monitor = Lines(), Lines()
         self._ids = itertools.count(1)
         self._is_up: Future[Any] = Future()
@@ -122,6 +123,10 @@ class Machine:
         self._waiting[number] = future
         self._agent.send({"id": number, "what": what, "with": arguments})
         return future
+
+    def file(self, name: str) -> str:
+        """The path, in the machine, of one of GUEST_FILES."""
+        return str(self._folder / name)
 
     @contextlib.contextmanager
     def unplugged(self, *networks: str) -> Iterator[None]:

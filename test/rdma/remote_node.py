@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,13 +32,16 @@ class RemoteNode:
         self._start()
 
     def _start(self) -> None:
-        ready = self.machine.do("start", self.name, self._role, self._environment, deadline_s=START_S)
+        command = [sys.executable, self.machine.file("guest_node.py"), self._role]
+        ready = self.machine.do("start", self.name, command, self._environment, deadline_s=START_S)["value"]
         self.session, self.blocks, self.aux = ready["session"], ready["blocks"], ready["aux"]
         assert not self._port or self.session.endswith(f":{self._port}"), f"{self.session} has not port {self._port}"
 
     def ask(self, command: str, *arguments: Any, deadline_s: float = 60) -> Any:
         """Calls a method of `guest_node.RemoteNode` there."""
-        return self.machine.do("ask", self.name, command, arguments, deadline_s=deadline_s)
+        answer = self.machine.do("ask", self.name, [command, arguments], deadline_s=deadline_s)
+        assert "error" not in answer, f"{self.name}: {answer['error']}"
+        return answer["value"]
 
     def register(self, peer: RemoteNode) -> None:
         """The peer tells this prefill node its memory."""
