@@ -418,8 +418,9 @@ WRONG: dict[str, str] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_file_that_holds_something_else_is_refused_in_one_line_and_left_alone(
-    case: str, folder: pathlib.Path
+    case: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(failed_session_file, "_is_locked", lambda descriptor: True)
     path = folder / "sglang-failed-sessions-0-1-x"
     path.write_bytes(WRONG[case].encode(errors="surrogateescape"))
     with pytest.raises(failed_session_file.Unreadable) as refusal:
@@ -428,6 +429,24 @@ def test_a_file_that_holds_something_else_is_refused_in_one_line_and_left_alone(
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 500
     assert path.exists()
+
+
+@pytest.mark.parametrize("case", ["empty", "no JSON", "no object", "control characters", "no UTF-8"])
+def test_a_file_without_a_lock_that_no_scheduler_has_written_is_left_alone(case: str, folder: pathlib.Path) -> None:
+    path = folder / "sglang-failed-sessions-0-1-x"
+    path.write_bytes(WRONG[case].encode(errors="surrogateescape"))
+    failed_session_file.remove_dead()
+    with pytest.raises(failed_session_file.Unreadable, match="no version of this package"):
+        failed_session_file.read(path)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("case", ["another format", "a field too many", "a row of another length"])
+def test_what_a_killed_scheduler_of_another_version_left_is_removed(case: str, folder: pathlib.Path) -> None:
+    path = folder / "sglang-failed-sessions-0-1-x"
+    path.write_text(WRONG[case])
+    failed_session_file.remove_dead()
+    assert not path.exists()
 
 
 def test_the_file_that_the_wrong_ones_differ_from_is_right(folder: pathlib.Path) -> None:

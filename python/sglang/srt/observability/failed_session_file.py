@@ -30,6 +30,7 @@ from sglang_failed_session_probe.printable import printable, printable_repr
 
 _PREFIX = "sglang-failed-sessions-"
 _FORMAT = 1
+_BEGINS = b'{"format": '  # the file of every version of this package
 # A row has some 300 bytes, so no file of ours comes near the limit.
 _MOST_ROWS = 10_000
 _MOST_BYTES = 16 << 20
@@ -217,11 +218,14 @@ def read(path: pathlib.Path) -> Optional[Scheduler]:
         if found.st_size > _MOST_BYTES:
             raise Unreadable(f"it has {found.st_size} bytes, which no file of a scheduler has")
         with open(descriptor, "rb", closefd=False) as file:
-            scheduler = _parsed(file.read(_MOST_BYTES), found.st_uid)
+            text = file.read(_MOST_BYTES)
         if _is_locked(descriptor):
+            scheduler = _parsed(text, found.st_uid)
             if scheduler.written_at > time.monotonic() + 1.0:
                 raise Unreadable("it was written by another clock than this machine's")
             return scheduler
+        if not text.startswith(_BEGINS):
+            raise Unreadable("no version of this package writes such files")
         if os.fstat(descriptor).st_nlink:  # no newer file has replaced it
             _remove(path)
             _remove(_new(path))
