@@ -8,6 +8,8 @@ test/unit/test_break_mechanisms.py sees that each of them can still be broken as
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import pathlib
 import re
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
@@ -54,7 +57,7 @@ SESSIONS_TESTS = "test/commands/test_sessions.py"
 FILE_TESTS = f"{UNIT}/test_failed_session_file.py"
 ROWS_TESTS = f"{UNIT}/test_failed_session_rows.py"
 DEADLINE_S = 600.0
-# Where all unit tests may see it: these are asked first, because most go red there, within seconds.
+# Where all unit tests may see it, these run first: most go red there, within seconds.
 NEAREST = {
     "session_states.py": "test_session_states.py",
     "session_watch.py": "test_session_states.py",
@@ -87,6 +90,11 @@ class Break(NamedTuple):
         text = file.read_text().splitlines(keepends=True)
         text[first - 1 : first - 1 + len(lines)] = source.replace(self.before, self.after)
         return file.relative_to(CHECKOUT), "".join(text)
+
+    def tests_in_order(self) -> list[str]:
+        """What to run until a test goes red."""
+        nearest = NEAREST.get(pathlib.Path(inspect.getsourcefile(self.function) or "").name)
+        return [f"{UNIT}/{nearest}", UNIT] if nearest and self.tests == UNIT else [self.tests]
 
 
 BREAKS = [
@@ -851,6 +859,20 @@ BREAKS = [
     Break(
         "a dead scheduler's file is not read", sessions_file.read, "if _is_locked(descriptor):", "if True:", FILE_TESTS
     ),
+    Break(
+        "a dead scheduler's file of another version is removed",
+        sessions_file.read,
+        "text.startswith(_BEGINS)",
+        "False",
+        FILE_TESTS,
+    ),
+    Break(
+        "a file that no scheduler has written is left alone",
+        sessions_file.read,
+        "text.startswith(_BEGINS)",
+        "True",
+        FILE_TESTS,
+    ),
     Break("no link is followed", sessions_file.read, " | os.O_NOFOLLOW", "", FILE_TESTS),
     Break("opening a pipe does not block", sessions_file.read, " | os.O_NONBLOCK", "", FILE_TESTS),
     Break("no folder is read", sessions_file.read, "if not stat.S_ISREG(found.st_mode):", "if False:", FILE_TESTS),
@@ -956,7 +978,27 @@ BREAKS = [
 
 
 def red_test(broken: Break) -> str:
-    """The first test that goes red with the mechanism broken, or with none if that is empty; empty if none does."""
+    """The first test that goes red with the mechanism broken; empty if none does."""
+    file, text = broken.broken()
+    with copy_of_checkout() as copy:
+        (copy / file).write_text(text)
+        for tests in broken.tests_in_order():
+            if red := red_unbroken(tests):
+                sys.exit(f"{tests} is red with nothing broken: {red}")
+            if red := red_test_of(copy, tests):
+                return red
+    return ""
+
+
+@functools.cache
+def red_unbroken(tests: str) -> str:
+    """The first of these tests that is red in any case; empty if none is."""
+    with copy_of_checkout() as copy:
+        return red_test_of(copy, tests)
+
+
+@contextlib.contextmanager
+def copy_of_checkout() -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in COPIED:
@@ -965,13 +1007,7 @@ def red_test(broken: Break) -> str:
                 shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
             else:
                 shutil.copy(source, copy / name)
-        if broken.mechanism:
-            file, text = broken.broken()
-            (copy / file).write_text(text)
-            nearest = NEAREST.get(file.name)
-            if broken.tests == UNIT and nearest and (red := red_test_of(copy, f"{UNIT}/{nearest}")):
-                return red
-        return red_test_of(copy, broken.tests)
+        yield copy
 
 
 def red_test_of(copy: pathlib.Path, tests: str) -> str:
@@ -988,12 +1024,9 @@ def red_test_of(copy: pathlib.Path, tests: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Break what was asked for; 0 if a test went red each time."""
+    """Breaks what was chosen; 0 if a test went red each time."""
     unseen = 0
     chosen = [broken for broken in BREAKS if not words or any(word in broken.mechanism for word in words)]
-    for tests in dict.fromkeys(broken.tests for broken in chosen):
-        if red := red_test(Break("", None, "", "", tests)):
-            sys.exit(f"{tests} is red with nothing broken: {red}")
     for broken in chosen:
         red = red_test(broken)
         unseen += not red

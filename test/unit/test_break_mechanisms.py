@@ -1,9 +1,10 @@
-"""Can each mechanism of tools/break_mechanisms.py still be switched off as it says there?"""
+"""Can each mechanism of tools/break_mechanisms.py still be switched off as it says there, and is it in the docs?"""
 
 from __future__ import annotations
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
 
@@ -20,3 +21,9 @@ def test_a_mechanism_can_be_switched_off_and_what_is_left_is_python(broken: brea
     file, text = broken.broken()
     assert text != (break_mechanisms.CHECKOUT / file).read_text()
     compile(text, str(file), "exec")
+
+
+def test_the_docs_name_each_mechanism() -> None:
+    page = (break_mechanisms.CHECKOUT / "docs/faults.md").read_text()
+    rows = re.findall(r"^\| (.*?) \|", page.partition("| mechanism, switched off |")[2], re.MULTILINE)
+    assert rows[1:] == [broken.mechanism for broken in break_mechanisms.BREAKS]
