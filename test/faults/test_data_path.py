@@ -140,7 +140,7 @@ def test_reads_that_wait_for_a_dropped_data_port_cost_no_cpu_and_count_when_it_h
 def test_a_peer_that_answers_and_cannot_transfer_costs_fewer_and_fewer_requests(
     tmp_path: pathlib.Path, record_fault: RecordFault
 ) -> None:
-    """Interval 2 s: let in unverified after 2, 4, 8, ... s of answers."""
+    """Interval 2 s: let in unverified after 2, 8, 32, ... s of answers."""
     with far_nodes(tmp_path, **{INTERVAL: "2"}) as (network, prefill, decode, data), network.closed(data, "REJECT"):
         lost = []  # from when until when each of them was on its way
         until = time.monotonic() + 18
@@ -150,8 +150,8 @@ def test_a_peer_that_answers_and_cannot_transfer_costs_fewer_and_fewer_requests(
             time.sleep(0.02)
         gaps = [later[1] - earlier[0] for earlier, later in itertools.pairwise(lost)]
         record_fault("data port reject", "18 s, interval 2 s", lost=len(gaps), served_after_s=None)
-        assert 1 <= len(gaps) <= 3, f"lost {len(gaps)} requests in 18 s"
-        for gap, least in zip(gaps, (2, 4, 8), strict=False):
+        assert 1 <= len(gaps) <= 2, f"lost {len(gaps)} requests in 18 s"
+        for gap, least in zip(gaps, (2, 8), strict=False):
             assert gap >= least, f"let in again too soon; seconds between lost requests: {gaps}"
 
 

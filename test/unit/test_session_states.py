@@ -1,4 +1,4 @@
-"""When is a session probed, let in again, forgotten? Stories of one session, in the order of DESIGN section 4."""
+"""When is a session probed, let in again, forgotten? Stories of one session, in the order of session_states.py."""
 
 from __future__ import annotations
 

@@ -301,7 +301,8 @@ class Session:
         return self.answered_since + self.opens_after_s()
 
     def opens_after_s(self) -> float:
-        """How long it must have answered to be let in unverified: INTERVAL, after each relapse four times as long.
+        """How long it must have answered to be let in unverified: INTERVAL, four times as long after each first
+        use in a row that failed (``failed_first_uses``; ``relapses`` also counts failures after a moment of work).
 
         If it were twice as long, a peer with a broken data path would lose 17 requests in the first hour with an
         INTERVAL of 5. Over RDMA it takes two minutes at least: reads there show what writes will do, and an outage of a
