@@ -21,6 +21,13 @@ settings.register_profile("unit", deadline=None, database=None, derandomize=True
 settings.load_profile("unit")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What plays hundreds of sessions in virtual time takes long."""
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("number", 0) >= 300:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def run_python(tmp_path: pathlib.Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a script with our files and those in ``tmp_path`` on the path, and the given environment variables."""

@@ -201,6 +201,7 @@ PATTERNS: dict[str, Callable[[], Failures]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_a_healthy_peer_is_never_used_less_than_with_a_fixed_loop(pattern: Callable[[], Failures]) -> None:
     ours, fixed = an_hour(OurLoop(), pattern()).in_use, fixed_loop_in_use(pattern)

@@ -494,6 +494,7 @@ def test_interval_holds_for_every_session_however_many_others_there_are(
     assert longest_unprobed_s(prober, peers) <= interval_s + 3 * LONGEST_ROUND_S, "it may have healed, nobody looks"
 
 
+@pytest.mark.slow
 def test_interval_holds_for_1000_that_are_held() -> None:
     prober = VirtualProber(interval_s=5.0)
     peers = many("peer", 1000)
