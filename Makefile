@@ -16,9 +16,9 @@ test: network-tools
 	  $(ENGINES) -m pytest test/activation test/servers test/commands; others=$$?; \
 	  wait $$stock; stock=$$?; cat .stock.log; exit $$((stock + others))
 
-# What needs no SGLang.
+# What needs no SGLang, without what takes long (marked slow).
 test-fast: network-tools
-	$(ENGINES) -m pytest -n 6 test/unit test/faults/test_recovery.py
+	$(ENGINES) -m pytest -n 6 -m "not slow" test/faults/test_recovery.py test/unit
 
 # Every fault in full size, and the table of docs/faults.md: 200 exits, 50,000 probes, a minute of many threads.
 # RUNS=5 injects each of them five times.

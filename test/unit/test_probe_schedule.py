@@ -428,6 +428,7 @@ def test_a_hung_peer_is_let_in_soon_after_it_resumes_beside_hung_ones(number: in
     assert let_in_at - (100 + stopped_s) <= in_one_round_s + 1.0 + 0.1, "healed, and not used for long"
 
 
+@pytest.mark.slow
 def test_one_of_1000_hung_ones_that_resumes_is_let_in_soon() -> None:
     prober = VirtualProber(jitter=1.0)
     prober.fail(*many("hung", 1001), peer=HUNG)
@@ -581,6 +582,7 @@ def test_few_that_hang_are_heard_of_at_once_when_they_resume(calls_can_be_ended:
 # What logs and metrics are told.
 
 
+@pytest.mark.slow
 def test_how_many_hang_and_how_many_may_be_under_way_is_told() -> None:
     prober = VirtualProber()
     prober.fail(*many("hung", 200), peer=HUNG)

@@ -625,6 +625,7 @@ def test_reads_that_are_pending_hold_up_no_others(watched: Watched) -> None:
     assert gaps[0] == 0.0
 
 
+@pytest.mark.slow
 def test_looks_at_thousands_of_pending_reads_cost_a_few_hundredths_of_a_core(watched: Watched, clock: Clock) -> None:
     peers = [watched.begin(f"hangs:{number + 1}") for number in range(2000)]
     watched.run(10.0)

@@ -148,6 +148,7 @@ def test_whatever_is_allowed_is_a_number_that_can_be_used() -> None:
     assert read(**{CONCURRENCY: "10000", SETTLE: "5.", IDLE_TIMEOUT: "2e+2"}).concurrency == 10000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["1e-300", "1e-200"])
 def test_the_shortest_interval_works(interval: str) -> None:
     prober = VirtualProber(interval_s=read(**{INTERVAL: interval}).interval_s)
