@@ -39,7 +39,7 @@ rdma:
 	  $(PYTHON) tools/rdma_table.py docs/rdma.md .rdma.jsonl && exit $$failed
 
 # What clients lose behind SGLang's stock router, with its defaults and with the flags of docs/operations.md, and the table
-# of docs/router.md. Real servers on the CPU; about 40 minutes, the first time plus the downloads. CELLS=--quick: a few of
+# of docs/router.md. Real servers on the CPU; about 45 minutes, the first time plus the downloads. CELLS=--quick: a few of
 # them in 5 minutes; CELLS=--round=2: a part of them; either leaves the page as it is.
 CELLS ?=
 router: network-tools

@@ -20,6 +20,11 @@ FLAGS = {
         *("--cb-timeout-duration-secs", "1"),
         *("--health-check-interval-secs", "5", "--health-failure-threshold", "2"),
     ],
+    (TIMEOUT := "retries, breaker 1 s, time-out 10 s"): [
+        *RETRIES,
+        *("--cb-timeout-duration-secs", "1"),
+        *("--request-timeout-secs", "10"),
+    ],
 }
 
 
@@ -105,6 +110,11 @@ ROUNDS: list[list[Trial]] = [
         Trial(9, 15, (Cell("defaults", per_s=40),)),
         Trial(9, 30, (Cell(ADVISED), Cell("defaults", 2, True)), "dropped"),
         Trial(None, 40, (Cell(HEALTH, 2), Cell("defaults", 2, True)), "vanishes"),
+    ],
+    [
+        Trial(9, 15, (Cell(TIMEOUT, per_s=40),)),
+        Trial(40, 15, (Cell(TIMEOUT),)),
+        Trial(None, 40, (Cell(TIMEOUT, 2), Cell(TIMEOUT, 2, True)), "killed"),
     ],
 ]
 QUICK: list[list[Trial]] = [
