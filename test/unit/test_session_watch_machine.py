@@ -287,6 +287,7 @@ class Onlooker:
             assert relapses in (0, 1)
             known.relapses, known.hold_s = relapses, float(relapses)
             known.failed_first_uses = relapses if known.uses < 2 else 0
+            known.reads_mislead = known.uses > 1 and known.was_doubtful  # or it begins anew, and is let in later
         elif not known.is_new:
             known.fails_again()
         assert relapses == known.relapses, f"{entry.session} is not held as it should be"
