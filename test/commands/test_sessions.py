@@ -248,7 +248,7 @@ def test_a_file_that_is_none_of_a_schedulers_gets_a_line_and_hides_nobody(
     assert re.search(rf"{scheduler.pid} TP0 +decode:7001", output)
     lines = errors.split("\n")[:-1]
     assert len(lines) == 4
-    for line, words in zip(lines, ["symbolic link", "no regular file", "not write such", "regular"], strict=True):
+    for line, words in zip(lines, ["symbolic link", "no regular file", "writes such files", "regular"], strict=True):
         assert words in line
         assert line.isprintable()
 
