@@ -16,9 +16,10 @@ test: network-tools
 	  $(ENGINES) -m pytest test/activation test/servers test/commands; others=$$?; \
 	  wait $$stock; stock=$$?; cat .stock.log; exit $$((stock + others))
 
-# What needs no SGLang, without what takes long (marked slow).
-test-fast: network-tools
-	$(ENGINES) -m pytest -n 6 -m "not slow" test/faults/test_recovery.py test/unit
+# Without SGLang and without what takes long (marked slow); one story on real engines. A minute.
+STORY = test/faults/test_recovery.py::test_a_stopped_decode_node_is_used_again_soon_after_it_goes_on
+test-fast:
+	$(ENGINES) -m pytest -n 4 -m "not slow" $(STORY) test/unit
 
 # Every fault in full size, and the table of docs/faults.md: 200 exits, 50,000 probes, a minute of many threads.
 # RUNS=5 injects each of them five times.
