@@ -91,11 +91,6 @@ class Break(NamedTuple):
         text[first - 1 : first - 1 + len(lines)] = source.replace(self.before, self.after)
         return file.relative_to(CHECKOUT), "".join(text)
 
-    def tests_in_order(self) -> list[str]:
-        """What to run until a test goes red."""
-        nearest = NEAREST.get(pathlib.Path(inspect.getsourcefile(self.function) or "").name)
-        return [f"{UNIT}/{nearest}", UNIT] if nearest and self.tests == UNIT else [self.tests]
-
 
 BREAKS = [
     # One session, in the order of session_states.py.
@@ -980,9 +975,10 @@ BREAKS = [
 def red_test(broken: Break) -> str:
     """The first test that goes red with the mechanism broken; empty if none does."""
     file, text = broken.broken()
+    nearest = NEAREST.get(file.name) if broken.tests == UNIT else None
     with copy_of_checkout() as copy:
         (copy / file).write_text(text)
-        for tests in broken.tests_in_order():
+        for tests in [f"{UNIT}/{nearest}", UNIT] if nearest else [broken.tests]:
             if red := red_unbroken(tests):
                 sys.exit(f"{tests} is red with nothing broken: {red}")
             if red := red_test_of(copy, tests):

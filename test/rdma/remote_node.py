@@ -38,7 +38,7 @@ class RemoteNode:
         assert not self._port or self.session.endswith(f":{self._port}"), f"{self.session} has not port {self._port}"
 
     def ask(self, command: str, *arguments: Any, deadline_s: float = 60) -> Any:
-        """Calls a method of `guest_node.RemoteNode` there."""
+        """Calls a method of `guest_node.GuestNode` there."""
         answer = self.machine.do("ask", self.name, [command, arguments], deadline_s=deadline_s)
         assert "error" not in answer, f"{self.name}: {answer['error']}"
         return answer["value"]
