@@ -997,6 +997,7 @@ def red_unbroken(tests: str) -> str:
 def copy_of_checkout() -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
+        copy.chmod(0o755)  # some tests run as another user
         for name in COPIED:
             source = CHECKOUT / name
             if source.is_dir():
