@@ -24,11 +24,12 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
 from sglang.srt import environ
-from sglang.srt.disaggregation.mooncake import conn, hung_call, session_probe, tent_probe
+from sglang.srt.disaggregation.mooncake import conn, hung_call, rdma_waits, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
 from sglang.srt.disaggregation.mooncake.probe_workers import Workers
+from sglang.srt.disaggregation.mooncake.rdma_waits import RdmaWaits, Samples
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads, _Page
 from sglang.srt.disaggregation.mooncake.session_states import Rules, Session
 from sglang.srt.disaggregation.mooncake.session_watch import Said, SessionWatch
@@ -50,6 +51,7 @@ CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG
     f"{UNIT}/test_{name}.py"
     for name in ("conn", "exit", "metrics", "log", "patch", "session_probe", "hung_call", "probe_workers")
 )
+RDMA_WAITS_TESTS = f"{UNIT}/test_rdma_waits.py"
 TENT_TESTS = f"{UNIT}/test_tent_probe.py"
 SETTINGS_TESTS = f"{UNIT}/test_settings.py"
 STATUS_TESTS = "test/commands/test_status.py"
@@ -190,6 +192,12 @@ BREAKS = [
         "a peer is probed once in INTERVAL between its reads",
         Session._read_again,
         "if at <= sooner else ProbeAt(sooner)",
+        "",
+    ),
+    Break(
+        "no such pauses where reads hold up nobody",
+        Rules.turn_to_read_at,
+        "held_up <= needs_no_pause or ",
         "",
     ),
     Break("no such pauses while there is no other peer", Rules.turn_to_read_at, "and self.has_others()", ""),
@@ -390,6 +398,49 @@ BREAKS = [
     ),
     Break("looks at growing gaps", PendingReads._gap_s, "self._SHARE_OF_AGE * reads.age_s()", "0.0", PROBE_TESTS),
     Break("reads are told once", PendingReads.look, "and not was_told", "", PROBE_TESTS),
+    Break("threads are looked at over RDMA alone", PendingReads.look, "self.over_rdma and ", "", PROBE_TESTS),
+    Break(
+        "no thread is looked at while no read is pending",
+        PendingReads.look,
+        "self.over_rdma and self._looks:",
+        "self.over_rdma:",
+        PROBE_TESTS,
+    ),
+    Break(
+        "threads are looked at twice a second",
+        RdmaWaits.sample,
+        "if now < self._next_at:",
+        "if False:",
+        RDMA_WAITS_TESTS,
+    ),
+    Break(
+        "what is not known counts as waiting",
+        Samples.share_since,
+        "if looks else 1.0",
+        "if looks else 0.0",
+        RDMA_WAITS_TESTS,
+    ),
+    Break(
+        "a thread that waits for a peer's handshake is seen",
+        rdma_waits.a_thread_waits,
+        "(wait and any(",
+        "(False and any(",
+        RDMA_WAITS_TESTS,
+    ),
+    Break(
+        "a call to the driver is known by its number",
+        rdma_waits._is_in_driver,
+        "words[0] not in DRIVER_CALLS[machine]",
+        "False",
+        RDMA_WAITS_TESTS,
+    ),
+    Break(
+        "the driver is that of an RDMA device",
+        rdma_waits._is_in_driver,
+        ".startswith(DEVICE_FILES)",
+        ".startswith('/')",
+        RDMA_WAITS_TESTS,
+    ),
     Break(
         "a refused page is registered later",
         MemoryReader._scratch_for,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Literal, NamedTuple, Optional
 
+from guest import SUBNETS
 from image import Image, environment, image
 from kit import processes
 
@@ -100,12 +101,21 @@ class Machine:
             options.append(f"-netdev hubport,id=in{place},hubid={hub},netdev=out{place}")
         for place, network in enumerate([HANDSHAKE, *RDMA[:devices]]):
             options.append(f"-netdev hubport,id={network},hubid={min(place, 1)}")
-            mac = f"52:54:00:00:{place:02}:{self.number:02}"
             options += [
-                f"-device virtio-net-pci,netdev={network},id={network}-card,mac={mac},romfile=",
+                f"-device virtio-net-pci,netdev={network},id={network}-card,mac={self._mac(place)},romfile=",
                 f"-chardev null,id={network}-nowhere",
             ]
         return " ".join(options)
+
+    def _mac(self, place: int) -> str:
+        return f"52:54:00:00:{place:02}:{self.number:02}"
+
+    def remember(self, other: Machine, devices: int) -> None:
+        """From now on it knows the addresses of another machine's RDMA devices, as it would that of a router."""
+        places = range(1, devices + 1)
+        for place, through in itertools.product(places, places):
+            address = f"{SUBNETS[place]}.{other.number} lladdr {other._mac(place)}"
+            self.do("run", f"ip neighbour replace {address} dev eth{through} nud permanent")
 
     def wait_until_up(self) -> None:
         """Waits until it takes commands."""
@@ -195,6 +205,12 @@ class Pair:
     def __init__(self, devices: int, prefill: Machine, decode: Machine, other_decode: Optional[Machine] = None) -> None:
         self.prefill, self.decode, self.other_decode = prefill, decode, other_decode
         self.rdma = RDMA[:devices]
+
+    def remember_addresses(self) -> None:
+        """From now on no machine has to look for the address of another's RDMA device."""
+        machines = [machine for machine in (self.prefill, self.decode, self.other_decode) if machine]
+        for machine, other in itertools.permutations(machines, 2):
+            machine.remember(other, len(self.rdma))
 
     @contextlib.contextmanager
     def dropped(self, *networks: str, direction: Direction = "both") -> Iterator[None]:

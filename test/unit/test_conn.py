@@ -8,6 +8,7 @@ import enum
 import gc
 import logging
 import os
+import queue
 import re
 import socket
 import threading
@@ -38,10 +39,11 @@ from kit.managers import (
 )
 from kit.waiting import wait_until
 from prometheus_client import REGISTRY
-from sglang.srt.disaggregation.mooncake import conn, session_probe, session_states, session_watch
+from sglang.srt.disaggregation.mooncake import conn, rdma_waits, session_probe, session_states, session_watch
 from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
+from sglang.srt.disaggregation.mooncake.session_states import Verdict
 from sglang.srt.disaggregation.mooncake.session_watch import SessionWatch
 from sglang.srt.observability import failed_session_file, failed_session_log, failed_session_metrics
 from sglang_failed_session_probe import harmless_logger
@@ -252,6 +254,20 @@ def test_the_daemon_thread_finds_out_whether_it_is_rdma(
     blacklist(manager, D)
     assert wait_until(lambda: not blacklisted(manager))
     assert len(engine.reads) == 1, "reads that fail hold up transfers to others"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_over_rdma_the_rules_are_told_whether_a_read_held_up_others(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    monkeypatch.setattr(session_probe, "is_over_rdma", lambda: True)
+    monkeypatch.setattr(rdma_waits, "a_thread_waits", lambda sessions: waits)
+    manager = make_manager(Engine(read=-1))
+    told: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    monkeypatch.setattr(watch_of(manager), "read", lambda *arguments: told.put(arguments))
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert told.get(timeout=10)[1:] == (Verdict.UNREADABLE, "reading its memory gave -1", float(waits))
 
 
 def test_a_failure_wakes_the_sleeping_daemon_thread(make_manager: MakeManager) -> None:

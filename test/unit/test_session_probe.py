@@ -9,7 +9,7 @@ import socket
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Optional
 
 import pytest
@@ -537,9 +537,12 @@ def call(session: str = D) -> Call:
 class Watched:
     """PendingReads that are looked at whenever they want to be, as the daemon thread does, in virtual time."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.pending = PendingReads(clock)
+    def __init__(
+        self, clock: Clock, a_thread_waits: Callable[[Collection[str]], Optional[bool]] = lambda sessions: None
+    ) -> None:
+        self.pending = PendingReads(clock, a_thread_waits)
         self.unwanted: set[str] = set()
+        self.held_up: list[float] = []
         self.told: list[tuple[str, Verdict, str]] = []
         self._clock = clock
 
@@ -555,7 +558,8 @@ class Watched:
             self._clock.now += gap
             gaps.append(round(gap, 6))
             found = self.pending.look(lambda call: call.session not in self.unwanted)
-            self.told += [(call.session, verdict, why) for call, verdict, why in found]
+            self.held_up += [shown.held_up for shown in found]
+            self.told += [(shown.call.session, shown.verdict, shown.why) for shown in found]
         self._clock.now = end
         return gaps
 
@@ -612,6 +616,37 @@ def test_reads_that_nobody_waits_for_are_looked_at_seldom_but_until_they_end(wat
     watched.run(10.0)
     assert batches.reads.have_ended()
     assert watched.pending.next_look_in() is None
+
+
+def held_up_of_reads_that_failed_after_10_s(clock: Clock, over_rdma: bool) -> tuple[float, list[float]]:
+    """What is told of them, and when the threads were looked at; meanwhile one waits, from 2 to 6 s."""
+    looked_at: list[float] = []
+
+    def a_thread_waits(sessions: Collection[str]) -> bool:
+        assert list(sessions) == [D]
+        looked_at.append(clock.now)
+        return 2.0 < clock.now < 6.0
+
+    watched = Watched(clock, a_thread_waits)
+    watched.pending.over_rdma = over_rdma
+    watched.run(60.0)
+    clock.now = 0.0
+    batches = watched.begin()
+    watched.run(10.0)
+    batches.become(FAILED)
+    watched.run(60.0)
+    watched.pending.look(lambda call: True)  # as with each answer to a probe
+    return watched.held_up[0], looked_at
+
+
+def test_over_rdma_it_is_told_for_which_share_of_its_time_a_read_held_up_others(clock: Clock) -> None:
+    share, looked_at = held_up_of_reads_that_failed_after_10_s(clock, over_rdma=True)
+    assert share == pytest.approx(0.4, abs=0.1)
+    assert max(looked_at) < 10.1, "threads are looked at though nothing is read"
+
+
+def test_over_tcp_no_thread_is_looked_at(clock: Clock) -> None:
+    assert held_up_of_reads_that_failed_after_10_s(clock, over_rdma=False) == (1.0, [])
 
 
 def test_reads_that_are_pending_hold_up_no_others(watched: Watched) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -650,11 +651,20 @@ def test_over_rdma_an_unreachable_peer_is_read_without_a_rest_while_there_is_nob
     assert prober.moments("read", D) == pytest.approx([1.0, 12.1, 23.3, 34.4, 45.6, 56.7], abs=0.3)
 
 
-def test_over_rdma_an_unreachable_peer_is_read_a_third_of_the_time_beside_others() -> None:
+@pytest.mark.parametrize("held_up", [0.4, 1.0])
+def test_over_rdma_an_unreachable_peer_is_read_a_third_of_the_time_beside_others(held_up: float) -> None:
     prober = over_rdma(D, OTHER)
-    prober.fail(D, peer=UNREACHABLE)
+    prober.fail(D, peer=dataclasses.replace(UNREACHABLE, held_up=held_up))
     prober.run(100)
     assert prober.moments("read", D) == pytest.approx([1.0, 31.0, 61.0, 91.0], abs=0.3)
+
+
+def test_over_rdma_a_peer_whose_reads_hold_up_nobody_is_read_without_a_rest_beside_others() -> None:
+    """As behind a router, or over InfiniBand: there a heal is noticed at once, however many others are in use."""
+    prober = over_rdma(D, OTHER)
+    prober.fail(D, peer=dataclasses.replace(UNREACHABLE, held_up=0.3))
+    prober.run(60)
+    assert prober.moments("read", D) == pytest.approx([1.0, 12.1, 23.3, 34.4, 45.6, 56.7], abs=0.3)
 
 
 def test_over_rdma_reads_that_fail_at_once_are_repeated_soon_beside_others() -> None:

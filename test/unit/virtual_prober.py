@@ -39,6 +39,7 @@ class Peer:
     begin_takes: float = 0.0  # for so long the call that begins to read does not return
     falls_silent: bool = False  # when its memory is to be read
     cuts_short: bool = False  # it takes connections and ends probes at once
+    held_up: float = 1.0  # for that share of its reads, over RDMA, transfers to others have to wait
     why: str = ""  # it cannot be told whether its memory can be read
 
 
@@ -218,7 +219,8 @@ class VirtualProber:
                     Verdict.UNREADABLE: "reading its memory gave -1",
                     Verdict.CANNOT_TELL: self._peers[call.session].why,
                 }
-                self.watch.read(call, verdict, why.get(verdict, ""))
+                peer = self._peers[call.session]
+                self.watch.read(call, verdict, why.get(verdict, ""), peer.held_up)
                 self._note_events()
 
     def _reads_of(self, call: Call, peer: Peer) -> tuple[float, Verdict]:

@@ -118,6 +118,7 @@ class _FailedSessionProber:
         if _session_probe.is_over_rdma():
             self.watch.rules.over_rdma = True
             self._reader.reads_at_a_time = 1
+            self._pending.over_rdma = True
         workers = _probe_workers.Workers(_WORKER_THREAD, self._make, self._inbox)
         _session_file.remove_dead()
         _probe_logger.info("Starting failed-session probe loop (interval=%.1fs)", self._settings.interval_s)
@@ -240,9 +241,9 @@ class _FailedSessionProber:
         shown = self._pending.look(self.watch.waits_for, most=_ANSWERS_AT_A_TIME)
         if shown:
             with self._lock:
-                for call, verdict, why in shown:
+                for call, verdict, why, held_up in shown:
                     try:
-                        self.watch.read(call, verdict, why)
+                        self.watch.read(call, verdict, why, held_up)
                     except Exception as raised:
                         fault = raised
                         self.watch.lost(call)
@@ -252,7 +253,7 @@ class _FailedSessionProber:
             if answer.error is not None:
                 self._log.probe_raised(answer.call.session, answer.error)
         unreadable = _session_states.Verdict.UNREADABLE
-        ended = [("unverified" if verdict is unreadable else "answered", None) for _, verdict, _ in shown]
+        ended = [("unverified" if verdict is unreadable else "answered", None) for _, verdict, *_ in shown]
         self.metrics.probed([*map(self._counted, received), *ended])
         return len(received)
 

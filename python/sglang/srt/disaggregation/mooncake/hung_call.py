@@ -46,16 +46,8 @@ def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
     any thread, no lock held.
     """
     wait = wait_of(thread)
-    if wait is None:
-        return False
-    try:
-        copy = os.dup(wait.descriptor)
-    except (OSError, OverflowError):  # it is closed, or the process has no descriptor left
-        return False
-    try:
-        connection = socket.socket(fileno=copy)
-    except OSError:  # no socket
-        os.close(copy)
+    connection = wait and _copy_of(wait.descriptor)
+    if not connection:
         return False
     with connection:
         try:
@@ -67,15 +59,38 @@ def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
     return True
 
 
+def is_to_peer(descriptor: int, session: str) -> bool:
+    """True if a descriptor of this process is a connection to a session's peer, or perhaps becomes one."""
+    connection = _copy_of(descriptor)
+    if connection is None:
+        return False
+    with connection:
+        return _may_be_of(connection, session)
+
+
+def _copy_of(descriptor: int) -> Optional[socket.socket]:
+    """A copy that is the caller's to close; None if the descriptor is no socket."""
+    try:
+        copy = os.dup(descriptor)
+    except (OSError, OverflowError):  # it is closed, or the process has no descriptor left
+        return None
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:  # no socket
+        os.close(copy)
+        return None
+
+
 def wait_of(thread: int, machine: str = platform.machine()) -> Optional[Wait]:
     """Where a thread of this process waits for a peer; None if it does not wait, or the kernel does not tell."""
     try:
-        return _parsed(_bytes_at(f"/proc/self/task/{thread}/syscall", 0, 256).decode(), machine)
+        return wait_in(bytes_at(f"/proc/self/task/{thread}/syscall", 0, 256).decode(), machine)
     except (OSError, ValueError, struct.error):  # the thread has ended, or there is no such file
         return None
 
 
-def _parsed(text: str, machine: str) -> Optional[Wait]:
+def wait_in(text: str, machine: str) -> Optional[Wait]:
+    """The wait that a line of ``/proc/self/task/*/syscall`` tells of, if it is one for a peer."""
     words = text.split()
     if len(words) < 9:  # "running", or waiting in no system call
         return None
@@ -90,12 +105,12 @@ def _parsed(text: str, machine: str) -> Optional[Wait]:
 
 def _descriptor_at(address: int) -> int:
     """The descriptor of the struct pollfd there. Read through /proc, because the memory may be gone by now."""
-    (descriptor,) = struct.unpack("i", _bytes_at("/proc/self/mem", address, 4))
+    (descriptor,) = struct.unpack("i", bytes_at("/proc/self/mem", address, 4))
     return int(descriptor)
 
 
-def _bytes_at(path: str, offset: int, number: int) -> bytes:
-    """Without a file object, which costs six times as much, some hundred times a second."""
+def bytes_at(path: str, offset: int, number: int) -> bytes:
+    """So many bytes of a file, or fewer. A file object would cost six times as much, some hundred times a second."""
     file = os.open(path, os.O_RDONLY)
     try:
         return os.pread(file, number, offset)

@@ -18,10 +18,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Optional
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, ClassVar, NamedTuple, Optional
 
-from sglang.srt.disaggregation.mooncake import tent_probe
+from sglang.srt.disaggregation.mooncake import rdma_waits, tent_probe
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
 from sglang.srt.disaggregation.mooncake.session_states import TRANSFER_TIMEOUT_S, Verdict
 from sglang_failed_session_probe import mooncake_wheels
@@ -89,7 +89,7 @@ def is_over_rdma() -> bool:
 
     Mooncake falls back to TCP where it finds no device. In doubt the answer is TCP, whose rules are the more patient.
     """
-    return not _is_told_to_use_tcp() and any(file.startswith("/dev/infiniband/uverbs") for file in _open_files())
+    return not _is_told_to_use_tcp() and any(file.startswith(rdma_waits.DEVICE_FILES) for file in _open_files())
 
 
 def _is_told_to_use_tcp() -> bool:
@@ -154,6 +154,7 @@ class Reads:
         self.why = ""
         self.begun = True  # False while more of them are being begun
         self.unsure = False  # True if the engine returned something unknown: a read may still be writing
+        self.samples_before = rdma_waits.Samples(0, 0)  # when they were begun
 
     @classmethod
     def decided(cls, verdict: Verdict, why: str = "") -> Reads:
@@ -415,6 +416,15 @@ class _Page:
         self._reads = [reads for reads in self._reads if not (reads.begun and reads.have_ended())]
 
 
+class Shown(NamedTuple):
+    """What reads have shown."""
+
+    call: Call
+    verdict: Verdict
+    why: str  # they failed
+    held_up: float  # the share of their time for which transfers to others may have had to wait
+
+
 class PendingReads:
     """Reads under way, and when each is looked at next: soon at first, then at growing gaps. Any thread."""
 
@@ -424,29 +434,39 @@ class PendingReads:
     # Reads that nobody waits for any more are looked at all the same, so that Mooncake frees them.
     _UNWANTED_LATEST_S = 10.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        a_thread_waits: Callable[[Collection[str]], Optional[bool]] = lambda peers: rdma_waits.a_thread_waits(peers),
+    ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._looks: list[tuple[float, int, Call, Reads, bool]] = []
         self._ties = itertools.count()
+        self._rdma_waits = rdma_waits.RdmaWaits(clock, a_thread_waits)
+        self.over_rdma = False
 
     def add(self, call: Call, reads: Reads) -> None:
         """Takes over the reads that a call has begun; the first look is due at once."""
         with self._lock:
+            reads.samples_before = self._rdma_waits.samples
             heapq.heappush(self._looks, (0.0, next(self._ties), call, reads, False))
 
-    def look(self, is_wanted: Callable[[Call], bool], most: int = 32) -> list[tuple[Call, Verdict, str]]:
-        """Looks at ``most`` of the reads that are due; returns each new verdict, with the reason."""
+    def look(self, is_wanted: Callable[[Call], bool], most: int = 32) -> list[Shown]:
+        """Looks at ``most`` of the reads that are due; returns each new verdict."""
         now = self._clock()
-        told: list[tuple[Call, Verdict, str]] = []
+        told: list[Shown] = []
         with self._lock:
+            if self.over_rdma and self._looks:
+                self._rdma_waits.sample(lambda: {call.session for _, _, call, _, _ in self._looks})
             due: list[tuple[float, int, Call, Reads, bool]] = []
             while self._looks and self._looks[0][0] <= now and len(due) < most:
                 due.append(heapq.heappop(self._looks))
             for _, tie, call, reads, was_told in due:
                 verdict = reads.look()
                 if verdict is not None and not was_told:
-                    told.append((call, verdict, reads.why))
+                    waits = self._rdma_waits.samples.share_since(reads.samples_before)
+                    told.append(Shown(call, verdict, reads.why, waits))
                 if not reads.have_ended():
                     gap_s = self._gap_s(reads, wanted=verdict is None and is_wanted(call))
                     heapq.heappush(self._looks, (now + gap_s, tie, call, reads, verdict is not None))

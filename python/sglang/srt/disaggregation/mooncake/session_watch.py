@@ -273,8 +273,10 @@ class SessionWatch:
         else:
             self._carry_out(known, known.reading(now) if reading else known.answered(now), now)
 
-    def read(self, call: Call, verdict: Verdict, why: str = "") -> None:
-        """The reads that a call has begun have ended; ``why`` says why they failed."""
+    def read(self, call: Call, verdict: Verdict, why: str = "", held_up: float = 1.0) -> None:
+        """The reads that a call has begun have ended; ``why`` says why they failed. ``held_up`` is the share of
+        their time for which transfers to others may have had to wait.
+        """
         now = self._clock()
         if not self.waits_for(call):
             return
@@ -284,7 +286,7 @@ class SessionWatch:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
         if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and now < self._turns_until:
             self._read_neighbours(known, now)
-        self._carry_out(known, known.read(now, verdict, why), now)
+        self._carry_out(known, known.read(now, verdict, why, held_up), now)
         self._turns_until = max(self._turns_until, known.read_again_at)
 
     def _read_neighbours(self, known: Session, now: float) -> None:
