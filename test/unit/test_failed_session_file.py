@@ -320,7 +320,13 @@ def test_it_is_gone_once_the_process_has_exited_though_a_probe_hung(folder: path
 # What if it cannot be written?
 
 
-@pytest.mark.parametrize("fault", ["there is no folder", "the disk is full", "a fault of its own"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "there is no folder",
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("the disk is full", "a fault of its own")),
+    ],
+)
 def test_a_file_that_cannot_be_written_is_said_once_and_sessions_recover_all_the_same(
     fault: str,
     make_manager: MakeManager,
