@@ -704,6 +704,18 @@ def test_over_rdma_a_machine_with_many_unreachable_sessions_is_read_no_more_than
     assert max(gaps) <= 30.0 + 0.1
 
 
+def test_over_rdma_sessions_of_a_machine_that_fail_one_after_another_are_read_by_turns_a_third_of_the_time() -> None:
+    sessions = many("decode", 4)
+    prober = over_rdma("well:1", *sessions)
+    for session in sessions:
+        prober.fail(session, peer=UNREACHABLE)
+        prober.run(4)
+    prober.run(134)
+    reads = sorted(at for session in sessions for at in prober.moments("read", session))
+    assert reads == pytest.approx([1.0, 31.0, 61.0, 91.0, 121.0], abs=2.0)
+    assert all(prober.moments("read", session) for session in sessions), "one never has its turn"
+
+
 def test_over_rdma_a_peer_has_its_turn_in_interval_however_many_others_are_unreachable() -> None:
     """With a fixed loop it would be let in then."""
     hosts = [f"host-{number}:1" for number in range(8)]

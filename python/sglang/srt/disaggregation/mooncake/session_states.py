@@ -89,6 +89,10 @@ class Rules:
         """INTERVAL, but never so short that the daemon thread would spin."""
         return max(0.01, self.settings.interval_s)
 
+    def takes_turns(self) -> bool:
+        """True over RDMA beside others, whose transfers reads of ours may hold up."""
+        return self.over_rdma and self.has_others()
+
     def turn_to_read_at(self, now: float, took_s: float, held_up: float) -> float:
         """When a peer whose reads failed after ``took_s`` may be read again: in INTERVAL at the latest.
 
@@ -99,7 +103,7 @@ class Rules:
         (emulated, where a handshake takes 0.1 s).
         """
         needs_no_pause = 1 / 3  # as much as with pauses
-        if held_up <= needs_no_pause or not (self.over_rdma and self.has_others()):
+        if held_up <= needs_no_pause or not self.takes_turns():
             return now
         takes_s = min(took_s, 10.0)  # it takes longer only beside other reads that fail
         turn_at = min(max(self.next_turn_at, now + 2.0 * takes_s), now + self.interval_s)
@@ -127,6 +131,7 @@ class Session:
         "probe_said",  # how the last probe since its failure ended, in words; empty before that
         "probed_at",
         "read_again_at",  # when it may be read next, after reads that failed
+        "read_at",  # when reads were begun last
         "read_next",  # the next probe is followed by reads
         "reads_mislead",  # it worked, though its reads had failed or waited before it was let in
         "reads_said",  # as probe_said, of the last reads
@@ -137,6 +142,7 @@ class Session:
         "requested_at",
         "rules",
         "still_unreadable",  # on probation: it was in use for a whole one, and still could not be read
+        "turn_at",  # when its machine may be read next, after reads that failed
         "unreadable",  # why its memory could not be read in this outage, or None
         "used_at",  # on probation: when a request first used it
         "uses",
@@ -149,7 +155,7 @@ class Session:
         self.relapses = self.failed_first_uses = 0
         self.reads_mislead = False
         self.has_end_check = False
-        self.probed_at = self.due_at = 0.0
+        self.probed_at = self.due_at = self.read_at = 0.0
         self.read_next = False
         self.unreadable: Optional[str] = None
         self._begin_outage(now, hold_s=0.0)
@@ -201,7 +207,7 @@ class Session:
 
     def reading(self, now: float) -> Decision:
         """The peer answered a probe, and reads of its memory are pending."""
-        self.reads_since = now
+        self.reads_since = self.read_at = now
         return self.answered(now)
 
     def read(self, now: float, verdict: Verdict, why: str, held_up: float = 1.0) -> Decision:
@@ -220,7 +226,8 @@ class Session:
             self.unreadable = why
             if now >= self._opens_at():
                 return LetIn(unverified=why)
-            self.read_again_at = max(now + self._pause_s(now), self.rules.turn_to_read_at(now, took_s, held_up))
+            self.turn_at = max(now + self._pause_s(now), self.rules.turn_to_read_at(now, took_s, held_up))
+            self.read_again_at = self.turn_at
             return self._read_again(now)
         if self._settles_again(now, verdict):
             self.answered_since = now
@@ -231,9 +238,9 @@ class Session:
         """True if it answers and waits to be read."""
         return self.blacklisted and self.answered_since is not None and now < self.read_again_at
 
-    def neighbour_is_readable(self, now: float) -> Decision:
-        """Reads of another session on the same machine have worked."""
-        self.read_again_at = now
+    def wait_for_turn(self, now: float, at: float) -> Decision:
+        """It may be read at this time: because reads of another session on the same machine have failed, or worked."""
+        self.read_again_at = at
         return self._next(now)
 
     def _read_again(self, now: float) -> Decision:
@@ -429,7 +436,7 @@ class Session:
         self.hold_s = hold_s
         self.listen_at = now + LISTEN_AFTER_S
         self.refused = 0
-        self.read_again_at = 0.0
+        self.read_again_at = self.turn_at = 0.0
         self.unreadable = None
         self.was_gone: bool = False
 

@@ -286,25 +286,48 @@ class SessionWatch:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
         if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and now < self._turns_until:
             self._read_neighbours(known, now)
-        self._carry_out(known, known.read(now, verdict, why, held_up), now)
+        decision = known.read(now, verdict, why, held_up)
+        if known.waits_for_turn(now) and self.rules.takes_turns():
+            decision = self._hand_turn_over(known, decision, now)
+        self._carry_out(known, decision, now)
         self._turns_until = max(self._turns_until, known.read_again_at)
 
     def _read_neighbours(self, known: Session, now: float) -> None:
         """Its machine can be reached again, so the other sessions there need not wait for their turns."""
         waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
         for other in (other for other in waiting if _machine(other) == _machine(known)):
-            self._carry_out(other, other.neighbour_is_readable(now), now)
+            self._carry_out(other, other.wait_for_turn(now, now), now)
 
-    def _waits_for_neighbour(self, known: Session) -> bool:
-        """True if over RDMA, beside healthy peers, another session of its machine is being read: one tells of all."""
-        if not (self.rules.over_rdma and self.rules.has_others()):
-            return False
+    def _hand_turn_over(self, known: Session, decision: Decision, now: float) -> Decision:
+        """Reads of a session have failed. In its machine's next turn the one is read that was read longest ago, and the
+        others only if that one has no more need of it.
+        """
+        later_s = 1.0
+        waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
+        neighbours = [other for other in waiting if _machine(other) == _machine(known)]
+        if not neighbours:
+            return decision
+        following = min(neighbours, key=lambda other: other.read_at)
+        for other in neighbours:
+            at = known.turn_at if other is following else known.turn_at + later_s
+            self._carry_out(other, other.wait_for_turn(now, at), now)
+        return known.wait_for_turn(now, known.turn_at + later_s)
+
+    def _neighbour_is_read_until(self, known: Session, now: float) -> float:
+        """Until when a session may not be read over RDMA, beside healthy peers, because another of its machine is being
+        read or waits for its turn: one tells of all. 0 if it may be read now.
+        """
+        if not self.rules.takes_turns():
+            return 0.0
         last = self._read_last.get(_machine(known), known)
         call = self._in_flight.get(last.id)
-        if last is not known and last.blacklisted and (last.reads_since is not None or (call and call.read)):
-            return True
+        if last is not known and last.blacklisted:
+            if last.reads_since is not None or (call and call.read):
+                return now + self.rules.interval_s
+            if now < last.turn_at:
+                return last.turn_at
         self._read_last[_machine(known)] = known
-        return False
+        return 0.0
 
     def _has_others(self) -> bool:
         return any(
@@ -424,8 +447,9 @@ class SessionWatch:
             known.listen_at = now + LISTEN_AFTER_S
             self._listen_at = now + LISTEN_GAP_S
         read = known.read_next and self.rules.verifying
-        if read and self._waits_for_neighbour(known):
-            known.read_again_at = self._turns_until = now + self.rules.interval_s
+        if read and (until := self._neighbour_is_read_until(known, now)):
+            known.read_again_at = until
+            self._turns_until = max(self._turns_until, until)
             read = False
         call = Call(known.id, known.generation, now, read, listen)
         known.probed_at = now
