@@ -287,7 +287,8 @@ class SessionWatch:
         if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and now < self._turns_until:
             self._read_neighbours(known, now)
         decision = known.read(now, verdict, why, held_up)
-        if known.waits_for_turn(now) and self.rules.takes_turns():
+        is_read_again = verdict is Verdict.UNREADABLE and isinstance(decision, (ProbeAt, ReadAt))
+        if is_read_again and self.rules.takes_turns():
             decision = self._hand_turn_over(known, decision, now)
         self._carry_out(known, decision, now)
         self._turns_until = max(self._turns_until, known.read_again_at)
