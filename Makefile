@@ -32,8 +32,8 @@ faults: network-tools
 	FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(ALONE)
 	$(PYTHON) tools/fault_table.py .faults.jsonl
 
-# Faults over RDMA between emulated machines, and the table of docs/rdma.md. An hour and twenty minutes. RUNS=5 as above;
-# RDMA_LOGS=FOLDER keeps what was logged in each.
+# Faults over RDMA between emulated machines, and the table of docs/rdma.md. An hour and twenty minutes. RUNS=5 as
+# above; RDMA_LOGS=FOLDER keeps what was logged in each.
 rdma:
 	rm -f .rdma.jsonl
 	for run in $$(seq $(RUNS)); do RDMA_REPORT=$(CURDIR)/.rdma.jsonl $(ENGINES) -m pytest test/rdma || failed=1; done; \

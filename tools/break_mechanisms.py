@@ -436,8 +436,8 @@ BREAKS = [
     Break(
         "a thread that waits for a peer's handshake is seen",
         rdma_waits.a_thread_waits,
-        "(wait and any(",
-        "(False and any(",
+        " or waits_for_one_of(line, sessions, machine)",
+        "",
         RDMA_WAITS_TESTS,
     ),
     Break(

@@ -51,7 +51,7 @@ def test_decode_nodes_that_cannot_be_reached_do_no_harm_to_another(
 ) -> None:
     pair = pair_beside_another
     assert pair.other_decode is not None
-    if beside_traffic:  # else what Mooncake's own failing transfers do to others goes on for a minute
+    if beside_traffic:  # on a flat network, Mooncake's own failing transfers harm others for a minute
         pair.remember_addresses()
     with nodes(pair, sessions=8) as (prefill, decodes), RemoteNode(pair.other_decode, "other", "decode") as other:
         prefill.register(other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import platform
 import socket
 import threading
 from collections.abc import Collection, Iterator
@@ -12,10 +13,11 @@ from typing import Optional
 
 import pytest
 from kit.waiting import wait_until
-from sglang.srt.disaggregation.mooncake import rdma_waits
+from sglang.srt.disaggregation.mooncake import hung_call, rdma_waits
 from sglang.srt.disaggregation.mooncake.rdma_waits import RdmaWaits, Samples, a_thread_waits
 
 D = "decode:7001"
+POLL = {"x86_64": 7, "aarch64": 73}  # of one descriptor, in ``line`` below
 MORE_THAN_A_PIPE_HOLDS = 100_000
 
 
@@ -78,6 +80,31 @@ def test_a_thread_is_seen_that_waits_for_the_reply_of_a_peer_that_is_read() -> N
         assert wait_until(lambda: a_thread_waits([D, session]) is True)
         assert a_thread_waits([D]) is False, "what it waits for has nothing to do with the reads"
     assert a_thread_waits([D, session]) is False
+
+
+def test_a_thread_that_waits_for_a_socket_of_another_kind_is_none() -> None:
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=ours.recv, args=(1,))
+    thread.start()
+    try:
+        assert not wait_until(lambda: a_thread_waits([D]) is not False, 0.2)
+    finally:
+        theirs.close()
+        thread.join()
+        ours.close()
+
+
+def test_a_thread_whose_memory_may_not_be_read_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To know what a poll waits for, memory is read. A hardened container may forbid it, or the thread may be gone."""
+
+    def bytes_at(path: str, *_: int) -> bytes:
+        if path == "/proc/self/mem":
+            raise PermissionError
+        return line(POLL[platform.machine()], 1)
+
+    monkeypatch.setattr(rdma_waits, "bytes_at", bytes_at)
+    monkeypatch.setattr(hung_call, "bytes_at", bytes_at)
+    assert a_thread_waits([D]) is False
 
 
 def line(number: int, descriptor: int) -> bytes:

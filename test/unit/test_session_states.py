@@ -660,7 +660,7 @@ def test_over_rdma_an_unreachable_peer_is_read_a_third_of_the_time_beside_others
 
 
 def test_over_rdma_a_peer_whose_reads_hold_up_nobody_is_read_without_a_rest_beside_others() -> None:
-    """As behind a router, or over InfiniBand: there a heal is noticed at once, however many others are in use."""
+    """As behind a router: there a heal is noticed at once, however many others are in use."""
     prober = over_rdma(D, OTHER)
     prober.fail(D, peer=dataclasses.replace(UNREACHABLE, held_up=0.3))
     prober.run(60)

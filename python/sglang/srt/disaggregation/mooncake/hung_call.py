@@ -17,7 +17,7 @@ import os
 import platform
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Optional
 
 # The system calls in which Mooncake waits for a peer, by machine and number. These have the descriptor as their first
@@ -28,6 +28,7 @@ WAIT_FOR_DESCRIPTOR = {
 }
 # These have a struct pollfd* and the number of them. On ARM there is only ppoll.
 WAIT_IN_POLL = {"x86_64": {7: "poll", 271: "ppoll"}, "aarch64": {73: "ppoll"}}
+_TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 class Wait(NamedTuple):
@@ -59,13 +60,17 @@ def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
     return True
 
 
-def is_to_peer(descriptor: int, session: str) -> bool:
-    """True if a descriptor of this process is a connection to a session's peer, or perhaps becomes one."""
-    connection = _copy_of(descriptor)
-    if connection is None:
+def waits_for_one_of(line: str, sessions: Collection[str], machine: str) -> bool:
+    """True if a line of ``/proc/self/task/*/syscall`` tells of a wait for the peer of one of these sessions."""
+    wait = _wait_in(line, machine)
+    connection = wait and _copy_of(wait.descriptor)
+    if not connection:
         return False
-    with connection:
-        return _may_be_of(connection, session)
+    with connection, contextlib.suppress(OSError):  # not connected
+        if connection.family in _TCP_FAMILIES:
+            port = connection.getpeername()[1]
+            return any(_may_be_of(connection, session) for session in sessions if session.endswith(f":{port}"))
+    return False
 
 
 def _copy_of(descriptor: int) -> Optional[socket.socket]:
@@ -84,13 +89,20 @@ def _copy_of(descriptor: int) -> Optional[socket.socket]:
 def wait_of(thread: int, machine: str = platform.machine()) -> Optional[Wait]:
     """Where a thread of this process waits for a peer; None if it does not wait, or the kernel does not tell."""
     try:
-        return wait_in(bytes_at(f"/proc/self/task/{thread}/syscall", 0, 256).decode(), machine)
-    except (OSError, ValueError, struct.error):  # the thread has ended, or there is no such file
+        line = bytes_at(f"/proc/self/task/{thread}/syscall", 0, 256).decode()
+    except OSError:  # the thread has ended, or there is no such file
+        return None
+    return _wait_in(line, machine)
+
+
+def _wait_in(line: str, machine: str) -> Optional[Wait]:
+    try:
+        return _parsed(line, machine)
+    except (OSError, ValueError, struct.error):  # its memory is gone, or may not be read
         return None
 
 
-def wait_in(text: str, machine: str) -> Optional[Wait]:
-    """The wait that a line of ``/proc/self/task/*/syscall`` tells of, if it is one for a peer."""
+def _parsed(text: str, machine: str) -> Optional[Wait]:
     words = text.split()
     if len(words) < 9:  # "running", or waiting in no system call
         return None
@@ -120,7 +132,7 @@ def bytes_at(path: str, offset: int, number: int) -> bytes:
 
 def _may_be_of(connection: socket.socket, session: str) -> bool:
     """False if the socket is no TCP connection, or one to another address than the session's peer."""
-    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+    if connection.family not in _TCP_FAMILIES or connection.type != socket.SOCK_STREAM:
         return False
     try:
         peer = connection.getpeername()
