@@ -716,6 +716,30 @@ def test_over_rdma_sessions_of_a_machine_that_fail_one_after_another_are_read_by
     assert all(prober.moments("read", session) for session in sessions), "one never has its turn"
 
 
+def test_over_rdma_the_turn_of_a_session_that_has_fallen_silent_is_another_sessions() -> None:
+    prober = over_rdma("well:1", *many("decode", 2))
+    prober.fail(*many("decode", 2), peer=UNREACHABLE)
+    prober.run(12)
+    prober.becomes("decode:2", REFUSING)
+    prober.run(22)
+    assert prober.moments("read", "decode:1") == pytest.approx([1.0, 32.0], abs=0.3)
+
+
+def test_over_rdma_reads_of_a_session_on_probation_say_nothing_of_its_machines_turns() -> None:
+    prober = over_rdma("well:1", *many("decode", 2))
+    prober.fail("decode:1", peer=UNREACHABLE)
+    prober.run(122)
+    for _ in range(6):
+        prober.request("decode:1")
+        prober.run(10)
+    prober.request("decode:1")
+    prober.run(5)
+    prober.fail("decode:2", peer=DATA_PORT_REJECTED)
+    prober.run(10)
+    assert prober.moments("shown", "decode:1")[-1] > 190, "its probation has not ended with reads"
+    assert len(prober.let_in("decode:1")) == 1, "it is said to have recovered once more"
+
+
 def test_over_rdma_a_peer_has_its_turn_in_interval_however_many_others_are_unreachable() -> None:
     """With a fixed loop it would be let in then."""
     hosts = [f"host-{number}:1" for number in range(8)]

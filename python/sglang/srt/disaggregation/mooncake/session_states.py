@@ -210,7 +210,7 @@ class Session:
         self.reads_since = self.read_at = now
         return self.answered(now)
 
-    def read(self, now: float, verdict: Verdict, why: str, held_up: float = 1.0) -> Decision:
+    def read(self, now: float, verdict: Verdict, why: str, held_up: float) -> Decision:
         """Reads have ended; ``why`` says why they failed, or why there were none. ``held_up`` is the share of
         their time for which transfers to others may have had to wait.
         """

@@ -123,8 +123,7 @@ class SessionWatch:
         self._allowance = Allowance(settings.interval_s, clock())
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
-        self._read_last: dict[str, Session] = {}  # over RDMA, by machine: the session that is read for all of them
-        self._turns_until = 0.0  # until then sessions may wait for their turn to be read
+        self._neighbours: dict[str, dict[Session, None]] = {}  # by machine: sessions that take turns to be read
         self._listen_at = 0.0
         self._malformed_said = Said()
         self._fault_said = False
@@ -162,7 +161,7 @@ class SessionWatch:
     def cleared(self) -> None:
         """As ``left``, of every session."""
         self.known.clear()
-        self._read_last.clear()
+        self._neighbours.clear()
         self._due.clear()
         self._wake()
 
@@ -284,32 +283,29 @@ class SessionWatch:
         known.reads_said = why or verdict.value
         if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
-        if verdict is not Verdict.UNREADABLE and self.rules.over_rdma and now < self._turns_until:
-            self._read_neighbours(known, now)
+        if verdict is not Verdict.UNREADABLE:  # its machine can be reached again, so none there waits for its turn
+            for other in self._neighbours_waiting(known, now):
+                self._carry_out(other, other.wait_for_turn(now, now), now)
         decision = known.read(now, verdict, why, held_up)
-        is_read_again = verdict is Verdict.UNREADABLE and isinstance(decision, (ProbeAt, ReadAt))
-        if is_read_again and self.rules.takes_turns():
+        if verdict is Verdict.UNREADABLE and isinstance(decision, (ProbeAt, ReadAt)):
             decision = self._hand_turn_over(known, decision, now)
         self._carry_out(known, decision, now)
-        self._turns_until = max(self._turns_until, known.read_again_at)
 
-    def _read_neighbours(self, known: Session, now: float) -> None:
-        """Its machine can be reached again, so the other sessions there need not wait for their turns."""
-        waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
-        for other in (other for other in waiting if _machine(other) == _machine(known)):
-            self._carry_out(other, other.wait_for_turn(now, now), now)
+    def _neighbours_waiting(self, known: Session, now: float) -> list[Session]:
+        """The other sessions of its machine that wait for their turn to be read; over RDMA, beside healthy peers."""
+        neighbours = self._neighbours.get(_machine(known), ())
+        return [other for other in neighbours if other is not known and other.waits_for_turn(now)]
 
     def _hand_turn_over(self, known: Session, decision: Decision, now: float) -> Decision:
         """Reads of a session have failed. In its machine's next turn the one is read that was read longest ago, and the
         others only if that one has no more need of it.
         """
         later_s = 1.0
-        waiting = [other for other in self.known.values() if other is not known and other.waits_for_turn(now)]
-        neighbours = [other for other in waiting if _machine(other) == _machine(known)]
-        if not neighbours:
+        waiting = self._neighbours_waiting(known, now)
+        if not waiting:
             return decision
-        following = min(neighbours, key=lambda other: other.read_at)
-        for other in neighbours:
+        following = min(waiting, key=lambda other: other.read_at)
+        for other in waiting:
             at = known.turn_at if other is following else known.turn_at + later_s
             self._carry_out(other, other.wait_for_turn(now, at), now)
         return known.wait_for_turn(now, known.turn_at + later_s)
@@ -320,15 +316,15 @@ class SessionWatch:
         """
         if not self.rules.takes_turns():
             return 0.0
-        last = self._read_last.get(_machine(known), known)
-        call = self._in_flight.get(last.id)
-        if last is not known and last.blacklisted:
-            if last.reads_since is not None or (call and call.read):
+        neighbours = self._neighbours.setdefault(_machine(known), {})
+        neighbours[known] = None
+        blacklisted = [other for other in neighbours if other is not known and other.blacklisted]
+        for other in blacklisted:
+            call = self._in_flight.get(other.id)
+            if other.reads_since is not None or (call and call.read):
                 return now + self.rules.interval_s
-            if now < last.turn_at:
-                return last.turn_at
-        self._read_last[_machine(known)] = known
-        return 0.0
+        turn_at = max((other.turn_at for other in blacklisted), default=0.0)
+        return turn_at if now < turn_at else 0.0
 
     def _has_others(self) -> bool:
         return any(
@@ -393,8 +389,10 @@ class SessionWatch:
         known = self.known.pop(session, None)
         if known is not None:
             known.due_at = NEVER
-            if self._read_last.get(_machine(known)) is known:
-                del self._read_last[_machine(known)]
+            neighbours = self._neighbours.get(_machine(known), {})
+            neighbours.pop(known, None)
+            if not neighbours:
+                self._neighbours.pop(_machine(known), None)
         return known
 
     def _drop(self, known: Session, now: float) -> None:
@@ -450,7 +448,6 @@ class SessionWatch:
         read = known.read_next and self.rules.verifying
         if read and (until := self._neighbour_is_read_until(known, now)):
             known.read_again_at = until
-            self._turns_until = max(self._turns_until, until)
             read = False
         call = Call(known.id, known.generation, now, read, listen)
         known.probed_at = now
