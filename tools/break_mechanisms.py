@@ -200,13 +200,24 @@ BREAKS = [
         "held_up <= needs_no_pause or ",
         "",
     ),
-    Break("no such pauses while there is no other peer", Rules.takes_turns, "and self.has_others()", ""),
-    Break("no such pauses over TCP", Rules.takes_turns, "self.over_rdma and ", ""),
+    Break(
+        "no such pauses while there is no other peer",
+        Rules.turn_to_read_at,
+        " or not self.has_others()",
+        "",
+    ),
+    Break("no such pauses over TCP", Rules.turn_to_read_at, "not self.over_rdma or ", ""),
     Break(
         "one session of an unreachable machine is read",
         SessionWatch._call,
         "if read and (until := self._neighbour_is_read_until(known, now)):",
         "if False:",
+    ),
+    Break(
+        "one session of a machine is read, also while there is no other peer",
+        SessionWatch._neighbour_is_read_until,
+        "if not self.rules.over_rdma:",
+        "if not (self.rules.over_rdma and self._has_others()):",
     ),
     Break(
         "a machine whose reads have failed waits for its turn",

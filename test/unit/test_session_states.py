@@ -704,6 +704,16 @@ def test_over_rdma_a_machine_with_many_unreachable_sessions_is_read_no_more_than
     assert max(gaps) <= 30.0 + 0.1
 
 
+def test_over_rdma_one_session_of_an_unreachable_machine_is_read_at_a_time_while_there_is_nobody_else() -> None:
+    """Reads of eight take a minute over a flat network. Who is well and was blacklisted, too, waits as long."""
+    sessions = many("decode", 8)
+    prober = over_rdma(*sessions)
+    prober.fail(*sessions, peer=UNREACHABLE)
+    prober.run(60)
+    reads = sorted(at for session in sessions for at in prober.moments("read", session))
+    assert reads == pytest.approx([1.0, 12.1, 23.3, 34.4, 45.6, 56.7], abs=0.3)
+
+
 def test_over_rdma_sessions_of_a_machine_that_fail_one_after_another_are_read_by_turns_a_third_of_the_time() -> None:
     sessions = many("decode", 4)
     prober = over_rdma("well:1", *sessions)

@@ -89,10 +89,6 @@ class Rules:
         """INTERVAL, but never so short that the daemon thread would spin."""
         return max(0.01, self.settings.interval_s)
 
-    def takes_turns(self) -> bool:
-        """True over RDMA beside others, whose transfers reads of ours may hold up."""
-        return self.over_rdma and self.has_others()
-
     def turn_to_read_at(self, now: float, took_s: float, held_up: float) -> float:
         """When a peer whose reads failed after ``took_s`` may be read again: in INTERVAL at the latest.
 
@@ -103,7 +99,7 @@ class Rules:
         (emulated, where a handshake takes 0.1 s).
         """
         needs_no_pause = 1 / 3  # as much as with pauses
-        if held_up <= needs_no_pause or not self.takes_turns():
+        if not self.over_rdma or held_up <= needs_no_pause or not self.has_others():
             return now
         takes_s = min(took_s, 10.0)  # it takes longer only beside other reads that fail
         turn_at = min(max(self.next_turn_at, now + 2.0 * takes_s), now + self.interval_s)

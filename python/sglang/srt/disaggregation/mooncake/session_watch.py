@@ -292,7 +292,7 @@ class SessionWatch:
         self._carry_out(known, decision, now)
 
     def _neighbours_waiting(self, known: Session, now: float) -> list[Session]:
-        """The other sessions of its machine that wait for their turn to be read; over RDMA, beside healthy peers."""
+        """The other sessions of its machine that wait for their turn to be read, over RDMA."""
         neighbours = self._neighbours.get(_machine(known), ())
         return [other for other in neighbours if other is not known and other.waits_for_turn(now)]
 
@@ -311,10 +311,10 @@ class SessionWatch:
         return known.wait_for_turn(now, known.turn_at + later_s)
 
     def _neighbour_is_read_until(self, known: Session, now: float) -> float:
-        """Until when a session may not be read over RDMA, beside healthy peers, because another of its machine is being
-        read or waits for its turn: one tells of all. 0 if it may be read now.
+        """Until when a session may not be read over RDMA, because another of its machine is being read or waits for its
+        turn: one tells of all. 0 if it may be read now.
         """
-        if not self.rules.takes_turns():
+        if not self.rules.over_rdma:
             return 0.0
         neighbours = self._neighbours.setdefault(_machine(known), {})
         neighbours[known] = None
