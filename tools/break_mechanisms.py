@@ -157,7 +157,7 @@ BREAKS = [
     Break("probed while it settles for long", Session._next, "min(ready_at, now + self.rules.interval_s)", "ready_at"),
     Break("verification", Session._next, "if not self.rules.verifying:", "if True:"),
     Break("slow fail-open", Session.read, "if now >= self._opens_at():", "if False:"),
-    Break("fail-open in time", Session._read_again, "self._opens_at(), ", "1e9, "),
+    Break("fail-open in time", Session._read_again, "self._opens_at()", "1e9"),
     Break(
         "fails open though reads are pending",
         Session._why_unverified,
@@ -191,7 +191,7 @@ BREAKS = [
     Break(
         "a peer is probed once in INTERVAL between its reads",
         Session._read_again,
-        "if at <= sooner else ProbeAt(sooner)",
+        "if at <= max(now, sooner) else ProbeAt(max(now, sooner))",
         "",
     ),
     Break(
@@ -221,9 +221,21 @@ BREAKS = [
     ),
     Break(
         "a machine whose reads have failed waits for its turn",
-        SessionWatch._neighbour_is_read_until,
-        "turn_at if now < turn_at else 0.0",
-        "0.0",
+        SessionWatch._has_turn_until,
+        "return known.turn_at if",
+        "return 0.0 if",
+    ),
+    Break(
+        "reads that never end hold up their machine for INTERVAL",
+        SessionWatch._has_turn_until,
+        "begun_at + self.rules.interval_s",
+        "NEVER",
+    ),
+    Break(
+        "who has not been read yet is not probed to be let in",
+        Session._read_again,
+        "if self.unreadable:",
+        "if True:",
     ),
     Break("its next turn is another session's", SessionWatch._hand_turn_over, "if not waiting:", "if True:"),
     Break(

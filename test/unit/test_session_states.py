@@ -714,6 +714,23 @@ def test_over_rdma_one_session_of_an_unreachable_machine_is_read_at_a_time_while
     assert reads == pytest.approx([1.0, 12.1, 23.3, 34.4, 45.6, 56.7], abs=0.3)
 
 
+def test_over_rdma_one_that_has_not_been_read_when_others_are_let_in_unverified_is_probed_no_more_often() -> None:
+    sessions = many("decode", 8)
+    prober = over_rdma("well:1", *sessions)
+    prober.fail(*sessions, peer=UNREACHABLE)
+    prober.run(200)
+    assert max(len(prober.moments("probe", session)) for session in sessions) < 20
+
+
+def test_over_rdma_reads_that_never_end_hold_up_others_of_the_machine_for_interval_at_most() -> None:
+    prober = over_rdma(*many("decode", 3))
+    prober.fail("decode:1", peer=READS_NEVER_END)
+    prober.run(2)
+    prober.fail("decode:2", "decode:3", peer=HEALTHY)
+    prober.run(30)
+    assert prober.sessions == {"decode:1"}, "a loop of 30 s would have let the others in"
+
+
 def test_over_rdma_sessions_of_a_machine_that_fail_one_after_another_are_read_by_turns_a_third_of_the_time() -> None:
     sessions = many("decode", 4)
     prober = over_rdma("well:1", *sessions)

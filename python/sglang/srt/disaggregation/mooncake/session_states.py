@@ -242,8 +242,10 @@ class Session:
     def _read_again(self, now: float) -> Decision:
         """When it is read next, or probed before: to be let in unverified, or because it is a whole INTERVAL off."""
         at = max(now, self.read_again_at)
-        sooner = max(now, min(self._opens_at(), self.probed_at + self.rules.interval_s))
-        return ReadAt(at) if at <= sooner else ProbeAt(sooner)
+        sooner = self.probed_at + self.rules.interval_s
+        if self.unreadable:  # else nothing opens: it has not been read yet
+            sooner = min(sooner, self._opens_at())
+        return ReadAt(at) if at <= max(now, sooner) else ProbeAt(max(now, sooner))
 
     def read_hangs(self, now: float) -> Decision:
         """The call that is to read its memory has not returned; told after a second, and then each second."""

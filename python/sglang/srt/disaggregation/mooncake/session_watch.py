@@ -318,13 +318,17 @@ class SessionWatch:
             return 0.0
         neighbours = self._neighbours.setdefault(_machine(known), {})
         neighbours[known] = None
-        blacklisted = [other for other in neighbours if other is not known and other.blacklisted]
-        for other in blacklisted:
-            call = self._in_flight.get(other.id)
-            if other.reads_since is not None or (call and call.read):
-                return now + self.rules.interval_s
-        turn_at = max((other.turn_at for other in blacklisted), default=0.0)
-        return turn_at if now < turn_at else 0.0
+        waits_for = (self._has_turn_until(other) for other in neighbours if other is not known and other.blacklisted)
+        until = max(waits_for, default=0.0)
+        return until if now < until else 0.0
+
+    def _has_turn_until(self, known: Session) -> float:
+        """Until when the other sessions of its machine wait for it: for its turn or, while it is read, for INTERVAL at
+        most. Reads end after 10 s, and if they never do, a loop of 30 s would let the others in.
+        """
+        call = self._in_flight.get(known.id)
+        begun_at = call.made_at if call and call.read else known.reads_since
+        return known.turn_at if begun_at is None else begun_at + self.rules.interval_s
 
     def _has_others(self) -> bool:
         return any(
