@@ -5,16 +5,18 @@ ENGINES = $$($(PYTHON) tools/environment.py engines)
 .PHONY: test test-fast faults rdma router mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
-# plus the downloads. Half of it is waiting, so the stock managers run beside all that comes after.
+# plus the downloads. Much of it is waiting, so what comes last runs three at a time.
 test: network-tools
 	for release in 0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23; do \
 	  $(PYTHON) tools/environment.py sglang-$$release || exit 1; done
 	$(ENGINES) -m pytest -n 2 test/unit
 	$(ENGINES) -m pytest -n 8 test/faults
 	$(ENGINES) -m pytest test/rdma
-	$(ENGINES) -m pytest test/stock test/deploy test/docs > .stock.log 2>&1 & stock=$$!; \
-	  $(ENGINES) -m pytest test/activation test/servers test/commands; others=$$?; \
-	  wait $$stock; stock=$$?; cat .stock.log; exit $$((stock + others))
+	$(ENGINES) -m pytest test/stock > .stock.log 2>&1 & stock=$$!; \
+	$(ENGINES) -m pytest test/servers test/deploy test/docs > .servers.log 2>&1 & servers=$$!; \
+	  $(ENGINES) -m pytest test/activation test/commands; others=$$?; \
+	  wait $$stock; stock=$$?; wait $$servers; servers=$$?; \
+	  cat .stock.log .servers.log; exit $$((stock + servers + others))
 
 # Without SGLang and without what takes long (marked slow); one story on real engines. A minute.
 STORY = test/faults/test_recovery.py::test_a_stopped_decode_node_is_used_again_soon_after_it_goes_on

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 from kit.managers import ENABLE
 
+pytestmark = pytest.mark.slow
 ENDS_WITHIN_S = 0.5
 TRIES = 3  # a machine that does much else stands still for a moment: an exit that waits in vain does so each time
 

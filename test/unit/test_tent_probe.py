@@ -16,6 +16,7 @@ from kit.fake_engine import Engine
 from kit.managers import ENABLE
 from sglang.srt.disaggregation.mooncake import conn, tent_probe
 
+pytestmark = pytest.mark.slow  # each starts a process, and that another one
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 # Its first line is what the file of an engine with TENT has.
@@ -101,8 +102,8 @@ def prefill(run_python: RunPython, tmp_path: pathlib.Path) -> Callable[..., Pref
     return prefill
 
 
-@pytest.mark.parametrize("variable", ["MC_USE_TENT", pytest.param("MC_USE_TEV1", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("value", ["1", *(pytest.param(value, marks=pytest.mark.slow) for value in ("0", ""))])
+@pytest.mark.parametrize("variable", ["MC_USE_TENT", "MC_USE_TEV1"])
+@pytest.mark.parametrize("value", ["1", "0", ""])
 def test_a_mooncake_that_a_probe_would_end_is_never_probed_and_one_warning_says_what_to_do(
     prefill: Callable[..., Prefill], variable: str, value: str
 ) -> None:
@@ -131,7 +132,6 @@ def test_the_trial_is_one_child_process_that_sees_no_gpu(prefill: Callable[..., 
     assert node.gpus_of_child == {""}
 
 
-@pytest.mark.slow
 def test_a_trial_that_hangs_ends_and_then_nothing_is_probed(prefill: Callable[..., Prefill]) -> None:
     node = prefill("time.sleep(60)", before="tent_probe._CHILD_DEADLINE_S = 1", MC_USE_TENT="1")
     assert node.probes == []
@@ -143,7 +143,7 @@ def test_a_trial_that_hangs_ends_and_then_nothing_is_probed(prefill: Callable[..
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("initialize", ["1", pytest.param("undefined", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("initialize", ["1", "undefined"])
 def test_where_no_trial_can_be_made_nothing_is_probed(prefill: Callable[..., Prefill], initialize: str) -> None:
     node = prefill(
         FIXED, initialize=f"{initialize} if os.environ['CUDA_VISIBLE_DEVICES'] == '' else 0", MC_USE_TENT="1"
