@@ -216,8 +216,14 @@ BREAKS = [
     Break(
         "one session of a machine is read, also while there is no other peer",
         SessionWatch._neighbour_is_read_until,
-        "if not self.rules.over_rdma:",
-        "if not (self.rules.over_rdma and self._has_others()):",
+        "self._has_other_machines(known)",
+        "self._has_others()",
+    ),
+    Break(
+        "sessions of the only machine are read side by side",
+        SessionWatch._neighbour_is_read_until,
+        " and self._has_other_machines(known)",
+        "",
     ),
     Break(
         "a machine whose reads have failed waits for its turn",

@@ -704,14 +704,24 @@ def test_over_rdma_a_machine_with_many_unreachable_sessions_is_read_no_more_than
     assert max(gaps) <= 30.0 + 0.1
 
 
-def test_over_rdma_one_session_of_an_unreachable_machine_is_read_at_a_time_while_there_is_nobody_else() -> None:
-    """Reads of eight take a minute over a flat network. Who is well and was blacklisted, too, waits as long."""
+def test_over_rdma_one_session_of_an_unreachable_machine_is_read_at_a_time_also_while_nobody_else_is_in_use() -> None:
+    """Reads of eight take a minute over a flat network. Who is well and was blacklisted, too, would wait as long."""
     sessions = many("decode", 8)
-    prober = over_rdma(*sessions)
+    prober = over_rdma("other:1", *sessions)
+    prober.fail("other:1", peer=REFUSING)
     prober.fail(*sessions, peer=UNREACHABLE)
     prober.run(60)
     reads = sorted(at for session in sessions for at in prober.moments("read", session))
     assert reads == pytest.approx([1.0, 12.1, 23.3, 34.4, 45.6, 56.7], abs=0.3)
+
+
+def test_over_rdma_the_sessions_of_the_only_machine_are_read_side_by_side() -> None:
+    """They hold up nobody else, and after the heal it is quicker."""
+    sessions = many("decode", 8)
+    prober = over_rdma(*sessions)
+    prober.fail(*sessions, peer=UNREACHABLE)
+    prober.run(11)
+    assert [prober.moments("read", session) for session in sessions] == [[1.0]] * 8
 
 
 def test_over_rdma_one_that_has_not_been_read_when_others_are_let_in_unverified_is_probed_no_more_often() -> None:
@@ -723,7 +733,7 @@ def test_over_rdma_one_that_has_not_been_read_when_others_are_let_in_unverified_
 
 
 def test_over_rdma_reads_that_never_end_hold_up_others_of_the_machine_for_interval_at_most() -> None:
-    prober = over_rdma(*many("decode", 3))
+    prober = over_rdma("well:1", *many("decode", 3))
     prober.fail("decode:1", peer=READS_NEVER_END)
     prober.run(2)
     prober.fail("decode:2", "decode:3", peer=HEALTHY)

@@ -293,7 +293,7 @@ class SessionWatch:
 
     def _neighbours_waiting(self, known: Session, now: float) -> list[Session]:
         """The other sessions of its machine that wait for their turn to be read, over RDMA."""
-        neighbours = self._neighbours.get(_machine(known), ())
+        neighbours = self._neighbours.get(_machine(known.id), ())
         return [other for other in neighbours if other is not known and other.waits_for_turn(now)]
 
     def _hand_turn_over(self, known: Session, decision: Decision, now: float) -> Decision:
@@ -312,11 +312,12 @@ class SessionWatch:
 
     def _neighbour_is_read_until(self, known: Session, now: float) -> float:
         """Until when a session may not be read over RDMA, because another of its machine is being read or waits for its
-        turn: one tells of all. 0 if it may be read now.
+        turn: one tells of all, and reads of all would hold up other machines, also those that are blacklisted by now. 0
+        if it may be read now.
         """
-        if not self.rules.over_rdma:
+        if not (self.rules.over_rdma and self._has_other_machines(known)):
             return 0.0
-        neighbours = self._neighbours.setdefault(_machine(known), {})
+        neighbours = self._neighbours.setdefault(_machine(known.id), {})
         neighbours[known] = None
         waits_for = (self._has_turn_until(other) for other in neighbours if other is not known and other.blacklisted)
         until = max(waits_for, default=0.0)
@@ -334,6 +335,10 @@ class SessionWatch:
         return any(
             (known := self.known.get(session)) is None or not known.blacklisted for session in list(self._registered())
         )
+
+    def _has_other_machines(self, known: Session) -> bool:
+        machine = _machine(known.id)
+        return any(_machine(session) != machine for session in list(self._registered()))
 
     def waits_for(self, call: Call) -> bool:
         """True if the result of a call's reads still counts. Any thread, with or without the lock."""
@@ -393,10 +398,10 @@ class SessionWatch:
         known = self.known.pop(session, None)
         if known is not None:
             known.due_at = NEVER
-            neighbours = self._neighbours.get(_machine(known), {})
+            neighbours = self._neighbours.get(_machine(known.id), {})
             neighbours.pop(known, None)
             if not neighbours:
-                self._neighbours.pop(_machine(known), None)
+                self._neighbours.pop(_machine(known.id), None)
         return known
 
     def _drop(self, known: Session, now: float) -> None:
@@ -482,5 +487,5 @@ class SessionWatch:
         self.events.append((event, session, details))
 
 
-def _machine(known: Session) -> str:
-    return str(known.id).rpartition(":")[0]
+def _machine(session: object) -> str:
+    return str(session).rpartition(":")[0]
