@@ -210,7 +210,7 @@ BREAKS = [
     Break(
         "one session of an unreachable machine is read",
         SessionWatch._call,
-        "if read and (until := self._neighbour_is_read_until(known, now)):",
+        "if read and known.blacklisted and (until := self._neighbour_is_read_until(known, now)):",
         "if False:",
     ),
     Break(
@@ -227,15 +227,30 @@ BREAKS = [
     ),
     Break(
         "a machine whose reads have failed waits for its turn",
-        SessionWatch._has_turn_until,
-        "return known.turn_at if",
-        "return 0.0 if",
+        SessionWatch._goes_first_until,
+        "max(other.turn_at, ",
+        "max(0.0, ",
     ),
     Break(
         "reads that never end hold up their machine for INTERVAL",
-        SessionWatch._has_turn_until,
+        SessionWatch._goes_first_until,
         "begun_at + self.rules.interval_s",
         "NEVER",
+    ),
+    Break(
+        "a session that was read longer ago goes first",
+        SessionWatch._goes_first_until,
+        "other.read_again_at if has_turn else 0.0",
+        "0.0",
+    ),
+    Break("a session that registers hands its turn over", SessionWatch.left, "if waiting:", "if False:"),
+    Break("on probation no session waits for a turn", SessionWatch._call, "read and known.blacklisted and", "read and"),
+    Break("sessions of a readable machine need no turns", Session.needs_no_turn, "self.has_turn = True", "pass"),
+    Break(
+        "a session whose probation has passed is no neighbour",
+        SessionWatch.failed,
+        "            self._forget(session)\n            known = None",
+        "            known = None",
     ),
     Break(
         "who has not been read yet is not probed to be let in",
@@ -272,7 +287,7 @@ BREAKS = [
     Break(
         "one readable session ends the wait of others on its machine",
         SessionWatch.read,
-        "other.wait_for_turn(now, now)",
+        "other.needs_no_turn(now)",
         "None",
     ),
     Break("late fail-open over RDMA", Session.opens_after_s, "120.0 if self.rules.over_rdma else 0.0", "0.0"),

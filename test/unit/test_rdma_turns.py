@@ -56,7 +56,7 @@ class Story:
     def __init__(self, beside_one_in_use: bool) -> None:
         self.prober = VirtualProber()
         self.prober.watch.rules.over_rdma = True
-        self.prober.registrations = {session: object() for session in SESSIONS + [IN_USE] * beside_one_in_use}
+        self.prober.registrations.update({session: object() for session in SESSIONS + [IN_USE] * beside_one_in_use})
 
     def play(self, step: Step) -> None:
         for session in step.sessions:

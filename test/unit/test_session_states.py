@@ -640,7 +640,7 @@ def over_rdma(*others: str) -> VirtualProber:
     """``others`` have registered, and nothing is wrong with them."""
     prober = VirtualProber()
     prober.watch.rules.over_rdma = True
-    prober.registrations = {other: object() for other in others}
+    prober.registrations.update({other: object() for other in others})
     return prober
 
 
@@ -739,6 +739,54 @@ def test_over_rdma_reads_that_never_end_hold_up_others_of_the_machine_for_interv
     prober.fail("decode:2", "decode:3", peer=HEALTHY)
     prober.run(30)
     assert prober.sessions == {"decode:1"}, "a loop of 30 s would have let the others in"
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_over_rdma_one_that_fails_again_and_again_does_not_take_the_turns_of_others_of_its_machine(
+    registers: bool,
+) -> None:
+    prober = over_rdma("well:1", *many("decode", 2))
+    prober.fail("decode:1", peer=UNREACHABLE)
+    prober.run(2)
+    prober.fail("decode:2", peer=HEALTHY)
+    for _ in range(4):
+        prober.run(14)
+        if registers:
+            prober.register("decode:1")
+        prober.run(1)
+        prober.fail("decode:1", peer=UNREACHABLE)
+    assert prober.let_in("decode:2"), "a loop of 30 s would have let it in"
+
+
+def test_over_rdma_a_session_on_probation_is_read_though_another_of_its_machine_is_blacklisted() -> None:
+    prober = over_rdma("well:1", *many("decode", 2))
+    prober.fail("decode:1", peer=DATA_PORT_REJECTED)
+    prober.run(125)
+    assert len(prober.let_in("decode:1")) == 1
+    prober.fail("decode:2", peer=UNREACHABLE)
+    for _ in range(140):
+        prober.request("decode:1")
+        prober.run(1)
+    assert prober.seen(Event.VERIFICATION_OFF), "its memory cannot be read though it works, twice, and nobody learns it"
+
+
+def test_over_rdma_ten_machines_that_heal_are_let_in_without_more_probes_than_over_tcp() -> None:
+    sessions = [session for host in range(10) for session in many(f"decode-{host}", 8)]
+    prober = over_rdma(*sessions)
+    prober.fail(*sessions, peer=Peer(read_takes=0.002))
+    prober.run(10)
+    assert not prober.sessions
+    assert len(prober.seen("probe")) + len(prober.seen("read")) <= 3 * len(sessions)
+
+
+def test_over_rdma_nothing_is_kept_of_a_session_whose_probation_has_passed() -> None:
+    prober = over_rdma("well:1", D)
+    for _ in range(5):
+        prober.fail(D, peer=HEALTHY)
+        prober.run(2)
+        prober.register_as_up_to_0_5_21(D)
+    prober.register(D)
+    assert not prober.watch._neighbours
 
 
 def test_over_rdma_sessions_of_a_machine_that_fail_one_after_another_are_read_by_turns_a_third_of_the_time() -> None:

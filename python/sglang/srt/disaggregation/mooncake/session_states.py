@@ -119,6 +119,7 @@ class Session:
         "failed_first_uses",  # how often in a row its first use has failed
         "generation",  # of its newest failure or re-admission: the answer to an earlier probe does not count
         "has_end_check",  # for the schedule: the heap has an entry for the end of this session
+        "has_turn",  # a session of its machine could be read just now, so it does not wait for its turn
         "hold_s",  # how long it is held in this outage or, on probation, was in the last one
         "id",
         "last_used_at",  # on probation
@@ -127,7 +128,7 @@ class Session:
         "probe_said",  # how the last probe since its failure ended, in words; empty before that
         "probed_at",
         "read_again_at",  # when it may be read next, after reads that failed
-        "read_at",  # when reads were begun last
+        "read_at",  # when it was to be read last
         "read_next",  # the next probe is followed by reads
         "reads_mislead",  # it worked, though its reads had failed or waited before it was let in
         "reads_said",  # as probe_said, of the last reads
@@ -150,7 +151,7 @@ class Session:
         self.rules = rules
         self.relapses = self.failed_first_uses = 0
         self.reads_mislead = False
-        self.has_end_check = False
+        self.has_end_check = self.has_turn = False
         self.probed_at = self.due_at = self.read_at = 0.0
         self.read_next = False
         self.unreadable: Optional[str] = None
@@ -164,6 +165,7 @@ class Session:
             self._begin_outage(now, self._hold_after_probation_s())
         self.generation = generation
         self.failed_at = self.requested_at = now
+        self.has_turn = False
         self.answered_since: Optional[float] = None
         self.late_since: Optional[float] = None
         self.reads_since: Optional[float] = None
@@ -203,7 +205,7 @@ class Session:
 
     def reading(self, now: float) -> Decision:
         """The peer answered a probe, and reads of its memory are pending."""
-        self.reads_since = self.read_at = now
+        self.reads_since = now
         return self.answered(now)
 
     def read(self, now: float, verdict: Verdict, why: str, held_up: float) -> Decision:
@@ -224,6 +226,7 @@ class Session:
                 return LetIn(unverified=why)
             self.turn_at = max(now + self._pause_s(now), self.rules.turn_to_read_at(now, took_s, held_up))
             self.read_again_at = self.turn_at
+            self.has_turn = False
             return self._read_again(now)
         if self._settles_again(now, verdict):
             self.answered_since = now
@@ -235,9 +238,14 @@ class Session:
         return self.blacklisted and self.answered_since is not None and now < self.read_again_at
 
     def wait_for_turn(self, now: float, at: float) -> Decision:
-        """It may be read at this time: because reads of another session on the same machine have failed, or worked."""
+        """It may be read at this time: reads of another session on the same machine have failed, or that has left."""
         self.read_again_at = at
         return self._next(now)
+
+    def needs_no_turn(self, now: float) -> Decision:
+        """Reads of another session on the same machine have worked: it is read now."""
+        self.has_turn = True
+        return self.wait_for_turn(now, now)
 
     def _read_again(self, now: float) -> Decision:
         """When it is read next, or probed before: to be let in unverified, or because it is a whole INTERVAL off."""

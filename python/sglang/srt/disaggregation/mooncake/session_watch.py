@@ -137,7 +137,10 @@ class SessionWatch:
         now = self._clock()
         known = self.known.get(session)
         again = known is not None and known.blacklisted
-        if known is None or known.is_past(now, self._registration(session)):
+        if known is not None and known.is_past(now, self._registration(session)):
+            self._forget(session)
+            known = None
+        if known is None:
             known = Session(session, self.rules, now)
         decision = known.failed(now, next(self._generations))
         self.known[session] = known  # only now, because ``look`` reads it without the lock
@@ -155,7 +158,14 @@ class SessionWatch:
     def left(self, session: Any) -> None:
         """The session was taken off, because its peer registered again: all that is known of it is dropped."""
         known = self._forget(session)
-        if known is not None and known.blacklisted:
+        if known is None:
+            return
+        now = self._clock()
+        waiting = self._neighbours_waiting(known, now)
+        if waiting:  # perhaps for this one
+            following = min(waiting, key=lambda other: other.read_at)
+            self._carry_out(following, following.wait_for_turn(now, now), now)
+        if known.blacklisted:
             self._wake()  # the gauge of blacklisted sessions has changed
 
     def cleared(self) -> None:
@@ -285,7 +295,7 @@ class SessionWatch:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
         if verdict is not Verdict.UNREADABLE:  # its machine can be reached again, so none there waits for its turn
             for other in self._neighbours_waiting(known, now):
-                self._carry_out(other, other.wait_for_turn(now, now), now)
+                self._carry_out(other, other.needs_no_turn(now), now)
         decision = known.read(now, verdict, why, held_up)
         if verdict is Verdict.UNREADABLE and isinstance(decision, (ProbeAt, ReadAt)):
             decision = self._hand_turn_over(known, decision, now)
@@ -315,21 +325,25 @@ class SessionWatch:
         turn: one tells of all, and reads of all would hold up other machines, also those that are blacklisted by now. 0
         if it may be read now.
         """
-        if not (self.rules.over_rdma and self._has_other_machines(known)):
+        if known.has_turn or not (self.rules.over_rdma and self._has_other_machines(known)):
             return 0.0
         neighbours = self._neighbours.setdefault(_machine(known.id), {})
         neighbours[known] = None
-        waits_for = (self._has_turn_until(other) for other in neighbours if other is not known and other.blacklisted)
-        until = max(waits_for, default=0.0)
+        others = (other for other in neighbours if other is not known and other.blacklisted)
+        until = max((self._goes_first_until(other, known, now) for other in others), default=0.0)
         return until if now < until else 0.0
 
-    def _has_turn_until(self, known: Session) -> float:
-        """Until when the other sessions of its machine wait for it: for its turn or, while it is read, for INTERVAL at
-        most. Reads end after 10 s, and if they never do, a loop of 30 s would let the others in.
+    def _goes_first_until(self, other: Session, known: Session, now: float) -> float:
+        """Until when a session waits for another one of its machine: for the turn that this has, or until it is read if
+        it was read longer ago and, while it is read, for INTERVAL at most. Reads end after 10 s, and if they never do,
+        a loop of 30 s would let the others in.
         """
-        call = self._in_flight.get(known.id)
-        begun_at = call.made_at if call and call.read else known.reads_since
-        return known.turn_at if begun_at is None else begun_at + self.rules.interval_s
+        call = self._in_flight.get(other.id)
+        begun_at = call.made_at if call and call.read else other.reads_since
+        if begun_at is not None:
+            return begun_at + self.rules.interval_s
+        has_turn = other.waits_for_turn(now) and other.read_at < known.read_at
+        return max(other.turn_at, other.read_again_at if has_turn else 0.0)
 
     def _has_others(self) -> bool:
         return any(
@@ -455,12 +469,13 @@ class SessionWatch:
             known.listen_at = now + LISTEN_AFTER_S
             self._listen_at = now + LISTEN_GAP_S
         read = known.read_next and self.rules.verifying
-        if read and (until := self._neighbour_is_read_until(known, now)):
+        if read and known.blacklisted and (until := self._neighbour_is_read_until(known, now)):
             known.read_again_at = until
             read = False
         call = Call(known.id, known.generation, now, read, listen)
         known.probed_at = now
         if read:
+            known.read_at = now
             self._due.probe_at(known, now + READ_HANGS_S)
         self.places.take(call)
         self._allowance.spend()
