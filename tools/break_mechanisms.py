@@ -240,7 +240,7 @@ BREAKS = [
     Break(
         "a session that was read longer ago goes first",
         SessionWatch._goes_first_until,
-        "other.read_again_at if has_turn else 0.0",
+        "other.read_again_at if is_first else 0.0",
         "0.0",
     ),
     Break("a session that registers hands its turn over", SessionWatch.left, "if waiting:", "if False:"),

@@ -165,8 +165,8 @@ class SessionWatch:
         if waiting:  # perhaps for this one
             following = min(waiting, key=lambda other: other.read_at)
             self._carry_out(following, following.wait_for_turn(now, now), now)
-        if known.blacklisted:
-            self._wake()  # the gauge of blacklisted sessions has changed
+        if waiting or known.blacklisted:
+            self._wake()  # the gauge of blacklisted sessions has changed, too
 
     def cleared(self) -> None:
         """As ``left``, of every session."""
@@ -342,8 +342,8 @@ class SessionWatch:
         begun_at = call.made_at if call and call.read else other.reads_since
         if begun_at is not None:
             return begun_at + self.rules.interval_s
-        has_turn = other.waits_for_turn(now) and other.read_at < known.read_at
-        return max(other.turn_at, other.read_again_at if has_turn else 0.0)
+        is_first = other.waits_for_turn(now) and other.read_at < known.read_at
+        return max(other.turn_at, other.read_again_at if is_first else 0.0)
 
     def _has_others(self) -> bool:
         return any(
