@@ -240,7 +240,7 @@ BREAKS = [
     Break(
         "a session that was read longer ago goes first",
         SessionWatch._goes_first_until,
-        "other.read_again_at if is_first else 0.0",
+        "max(other.due_at, now + LATER_S) if is_first else 0.0",
         "0.0",
     ),
     Break("a session that registers hands its turn over", SessionWatch.left, "if waiting:", "if False:"),
@@ -262,7 +262,7 @@ BREAKS = [
     Break(
         "its turn is not lost",
         SessionWatch._hand_turn_over,
-        "return known.wait_for_turn(now, known.turn_at + later_s)",
+        "return known.wait_for_turn(now, known.turn_at + LATER_S)",
         "return known.wait_for_turn(now, known.turn_at + 1e9)",
     ),
     Break(

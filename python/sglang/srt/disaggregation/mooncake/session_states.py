@@ -237,6 +237,10 @@ class Session:
         """True if it answers and waits to be read."""
         return self.blacklisted and self.answered_since is not None and now < self.read_again_at
 
+    def is_read_next(self, now: float) -> bool:
+        """True if it answers, and is read now or in its turn; not if it is held."""
+        return self.answered_since is not None and self.read_next and self.due_at <= max(now, self.read_again_at)
+
     def wait_for_turn(self, now: float, at: float) -> Decision:
         """It may be read at this time: reads of another session on the same machine have failed, or that has left."""
         self.read_again_at = at

@@ -42,6 +42,8 @@ ROUND_S_PER_SESSION = 0.0005
 BATCH = 32
 # To look whether a peer cuts probes short costs as much as two more probes, so that is done ten times a second at most.
 LISTEN_GAP_S = 0.1
+# After the session whose turn it is, in case it has no more need of it, the others of its machine are read.
+LATER_S = 1.0
 # How many sessions are remembered for which something was logged: memory must not grow with what comes from outside.
 SAID_LIMIT = 1000
 
@@ -310,15 +312,14 @@ class SessionWatch:
         """Reads of a session have failed. In its machine's next turn the one is read that was read longest ago, and the
         others only if that one has no more need of it.
         """
-        later_s = 1.0
         waiting = self._neighbours_waiting(known, now)
         if not waiting:
             return decision
         following = min(waiting, key=lambda other: other.read_at)
         for other in waiting:
-            at = known.turn_at if other is following else known.turn_at + later_s
+            at = known.turn_at if other is following else known.turn_at + LATER_S
             self._carry_out(other, other.wait_for_turn(now, at), now)
-        return known.wait_for_turn(now, known.turn_at + later_s)
+        return known.wait_for_turn(now, known.turn_at + LATER_S)
 
     def _neighbour_is_read_until(self, known: Session, now: float) -> float:
         """Until when a session may not be read over RDMA, because another of its machine is being read or waits for its
@@ -342,8 +343,8 @@ class SessionWatch:
         begun_at = call.made_at if call and call.read else other.reads_since
         if begun_at is not None:
             return begun_at + self.rules.interval_s
-        is_first = other.waits_for_turn(now) and other.read_at < known.read_at
-        return max(other.turn_at, other.read_again_at if is_first else 0.0)
+        is_first = other.is_read_next(now) and other.read_at < known.read_at
+        return max(other.turn_at, max(other.due_at, now + LATER_S) if is_first else 0.0)
 
     def _has_others(self) -> bool:
         return any(
