@@ -1,6 +1,8 @@
 # `make demo` shows what this does, `make test` shows that it works; each makes the environments that it needs.
 PYTHON ?= python3
 ENGINES = $$($(PYTHON) tools/environment.py engines)
+# Where it is set, as in many images, hundreds of test processes compile anew what they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: test test-fast faults rdma router mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
@@ -18,7 +20,7 @@ test: network-tools
 	  wait $$stock; stock=$$?; wait $$servers; servers=$$?; \
 	  cat .stock.log .servers.log; exit $$((stock + servers + others))
 
-# Without SGLang and without what takes long (marked slow); one story on real engines. A minute.
+# Without SGLang and without what takes long (marked slow); one story on real engines. Under 40 s.
 STORY = test/faults/test_recovery.py::test_a_stopped_decode_node_is_used_again_soon_after_it_goes_on
 test-fast:
 	$(ENGINES) -m pytest -n 4 -m "not slow" $(STORY) test/unit
