@@ -140,6 +140,15 @@ BREAKS = [
         "(now - self.failed_at)), 1e9)",
     ),
     Break("the gap counts from when it was probed", Session._gap_s, "self.probed_at + gap_s - now", "gap_s"),
+    Break("a probe that has not connected soon is ended", Session.connects_by, "return now + 0.3", "return math.inf"),
+    Break("once in INTERVAL it may take its time", Session.connects_by, "if now >= self.patient_at:", "if False:"),
+    Break(
+        "the probe after an answer may take its time, too",
+        Session.connects_by,
+        " or self.answered_since is not None",
+        "",
+    ),
+    Break("only who refuses may cut probes short", Session.not_answered, "if not refused:", "if False:"),
     Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
     Break("a held session is probed seldom", Session._probed_in_hold_at, "return min(", "return 0.0 * min("),
     Break(
@@ -422,6 +431,12 @@ BREAKS = [
     Break("a failure wakes the loop", SessionWatch.failed, "        self._wake()\n", ""),
     Break("the loop hears of a registration", SessionWatch.left, "            self._wake()", "            pass"),
     Break("an unreadable peer is told once", SessionWatch.read, "and known.unreadable is None:", ":"),
+    Break(
+        "the loop wakes for a probe that has not connected",
+        SessionWatch.next_due_in,
+        "min(wait_s, max(0.0, self.places.connects_by() - now))",
+        "wait_s",
+    ),
     Break("told once that a peer cuts probes short", SessionWatch.answered, "known.listen_at = NEVER", "pass"),
     Break("looks ten a second at most", SessionWatch._call, "max(known.listen_at, self._listen_at)", "known.listen_at"),
     Break(
@@ -584,6 +599,13 @@ BREAKS = [
         HUNG_CALL_TESTS,
     ),
     Break(
+        "one that is connected may hang on",
+        hung_call.end_call,
+        "only_connecting and not _is_connecting(connection)",
+        "False",
+        HUNG_CALL_TESTS,
+    ),
+    Break(
         "a call that hangs holds up none of those started with it",
         Workers.start,
         "        while self._waiting:\n            self._start_next()\n",
@@ -638,7 +660,7 @@ BREAKS = [
     ),
     Break(
         "the next round begins at once while more is due",
-        SessionWatch.next_due_in,
+        SessionWatch._next_entry_in,
         "        if at <= now:\n            return 0.0\n",
         "",
         CONN_TESTS,

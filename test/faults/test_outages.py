@@ -88,6 +88,24 @@ def test_a_decode_node_behind_a_broken_network_is_used_again_when_it_heals(
     check(requests, after_s, prefill)
 
 
+def test_where_packets_are_dropped_probes_connect_anew_and_do_not_wait_for_the_kernel_to_try_again(
+    network: Network, pair: tuple[Node, Node], record_fault: Record
+) -> None:
+    network.connects_like_linux_before_6_5()
+    prefill, decode = pair
+    requests = Requests(prefill, decode)
+    with network.dropped(decode.handshake_port):
+        prefill.misbehave("send_probe", "works")  # counted from now on
+        requests.first_is_said_to_fail()
+        requests.keep_coming(8)
+        begun, _ = prefill.calls("send_probe", decode.session)
+    assert begun >= 8, f"only {begun} probes in 8 s: each waited for the kernel, which tries again after 1 and 3 s"
+    after_s = requests.until_served(deadline_s=10)
+    fault = "handshake port dropped, Linux before 6.5"
+    record_fault(fault, "iptables DROP", lost=requests.lost, served_after_s=after_s)
+    check(requests, after_s, prefill)
+
+
 def test_a_decode_node_whose_answers_come_late_is_used_again(
     network: Network, pair: tuple[Node, Node], record_fault: Record
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import enum
 import gc
 import logging
@@ -365,7 +366,8 @@ def test_with_more_due_than_one_round_lines_up_the_next_round_begins_at_once(
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_CONCURRENCY", "64")
     monkeypatch.setattr(session_watch, "LONGEST_ROUND_S", 30.0)
     monkeypatch.setattr(session_watch, "ROUND_S_PER_SESSION", 30.0)
-    # The file of sessions is written once a second, which wakes the loop, too.
+    # The loop wakes for a probe that has not connected, and to write the file of sessions once a second.
+    monkeypatch.setattr(session_states.Session, "connects_by", lambda session, now: float("inf"))
     monkeypatch.setattr(failed_session_file.SessionsFile, "write_if_due", lambda file, watch: None)
     engine = Engine()
     engine.probe.default_factory = lambda: engine.hang
@@ -675,6 +677,26 @@ def test_what_the_last_probe_has_shown_is_kept_for_the_operator(
     blacklist(manager, D)
     assert wait_until(lambda: watch_of(manager).known[D].probe_said)
     assert watch_of(manager).known[D].probe_said.startswith(said)
+
+
+def test_a_probe_that_has_not_connected_soon_is_ended_and_made_again(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would try again after a second or more, and a heal would be noticed as much later."""
+    monkeypatch.delenv(INTERVAL, raising=False)
+    with full_peer() as (host, port):
+
+        def connect() -> int:
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, port), timeout=30.0).close()
+            return REFUSED
+
+        engine, session = Engine(probe=connect), f"{host}:{port}"
+        manager = make_manager(engine)
+        blacklist(manager, session)
+        assert wait_until(lambda: len(engine.asked) >= 3)
+        assert watch_of(manager).known[session].probe_said.startswith("no connection within 0.")
+        assert not watch_of(manager).known[session].was_gone
 
 
 def test_a_mooncake_that_cannot_probe_is_told_at_the_start_and_once_a_session(

@@ -161,15 +161,27 @@ def test_a_thread_that_polls_one_descriptor_is_got_out_of_there(peer: Peer) -> N
 @pytest.mark.parametrize(
     ("timeout_s", "call"), [(None, ("connect",)), (30.0, ("poll", "ppoll"))], ids=["connect", "poll"]
 )
+@pytest.mark.parametrize("only_connecting", [False, True])
 def test_a_thread_that_waits_to_be_connected_is_got_out_of_there(
-    timeout_s: float | None, call: tuple[str, ...]
+    timeout_s: float | None, call: tuple[str, ...], only_connecting: bool
 ) -> None:
     with full_peer() as (host, port):
         waiting = Waiting(lambda: socket.create_connection((host, port), timeout=timeout_s))
         assert waiting.waits_in(*call)
-        assert end_call(waiting.id, f"{host}:{port}", yes)
+        assert end_call(waiting.id, f"{host}:{port}", yes, only_connecting)
         assert waiting.came_back()
         assert isinstance(waiting.result, OSError)
+
+
+def test_one_that_is_connected_is_left_alone_where_only_those_that_connect_are_to_be_ended(peer: Peer) -> None:
+    """A stopped peer's kernel takes the connection, and the probe is answered the moment the peer goes on."""
+    connection = peer.connect()
+    waiting = Waiting(lambda: connection.recv(1))
+    assert waiting.waits_in("recvfrom")
+    assert not end_call(waiting.id, peer.session, yes, only_connecting=True)
+    peer.far_end_of(connection).sendall(b"!")
+    assert waiting.came_back()
+    assert waiting.result == b"!"
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")

@@ -15,6 +15,7 @@ from virtual_prober import (
     CUTS_SHORT,
     DATA_PORT_DROPPED,
     DATA_PORT_REJECTED,
+    DROPPED,
     HEALTHY,
     HUNG,
     READS_NEVER_END,
@@ -181,6 +182,53 @@ def test_one_answer_is_enough_without_settle() -> None:
     prober.run(0.01)
     assert (prober.moments("probe", D), prober.moments("read", D)) == ([0.0], [0.0])
     assert prober.let_in(D)
+
+
+@pytest.mark.parametrize("dropped_s", [1.1, 4.9, 7.3, 12.8, 20.2, 28.9, 52.0])
+def test_a_peer_whose_packets_were_dropped_is_let_in_soon_after_the_heal(dropped_s: float) -> None:
+    """A probe that cannot connect takes 5 s, and may notice the heal only when its packets are sent again."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DROPPED)
+    prober.run(dropped_s)
+    prober.becomes(D, HEALTHY)
+    prober.run(3)
+    ((at, unverified),) = prober.let_in(D)
+    assert at - dropped_s <= 1.0 + 0.3 + 0.25 + 0.02
+    assert unverified is None
+
+
+@pytest.mark.parametrize("heals_at", [10, 31, 100])
+def test_a_peer_to_which_connecting_takes_long_is_let_in_all_the_same(heals_at: float) -> None:
+    """Once in INTERVAL a probe may take its time, and the one after it, which lets the peer in."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DROPPED)
+    prober.run(heals_at)
+    prober.becomes(D, Peer(takes=0.5, connect_takes=0.5))
+    prober.run(40)
+    ((at, _),) = prober.let_in(D)
+    assert at - heals_at <= 30 + 0.3 + 0.25 + 0.5 + 1.0 + 0.5 + 0.02
+
+
+def test_where_no_call_can_be_ended_a_peer_whose_packets_were_dropped_is_let_in_when_that_has_failed() -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
+    prober.fail(D, peer=DROPPED)
+    prober.run(6)
+    prober.becomes(D, HEALTHY)
+    prober.run(6)
+    ((at, _),) = prober.let_in(D)
+    assert at == about(5 + 0.25 + 5 + 0.25 + 1.0)
+
+
+def test_it_is_looked_whether_a_peer_cuts_probes_short_only_if_probes_fail_at_once() -> None:
+    """That takes a second where packets are dropped, and a heal would be noticed as much later."""
+    prober = VirtualProber()
+    prober.fail(D, peer=DROPPED)
+    prober.run(29)
+    prober.becomes(D, REFUSING)
+    prober.run(9)
+    assert not any(entry.detail.listen for entry in prober.seen("probe"))
+    prober.run(2)
+    assert any(entry.detail.listen for entry in prober.seen("probe"))
 
 
 def test_a_hung_probe_that_is_answered_when_the_peer_resumes_counts_as_its_first_answer() -> None:

@@ -34,6 +34,7 @@ class Peer:
 
     answers: bool = True
     takes: float = 0.0002
+    connect_takes: float = 0.0  # of it
     memory: Verdict = Verdict.READABLE
     read_takes: float = 0.001
     begin_takes: float = 0.0  # for so long the call that begins to read does not return
@@ -47,6 +48,7 @@ HEALTHY = Peer()
 REFUSING = Peer(answers=False, takes=0.00003)  # process gone
 CUTS_SHORT = Peer(answers=False, takes=0.001, cuts_short=True)
 HUNG = Peer(answers=False, takes=60.0)  # process stopped; VirtualProber.resume lets it go on
+DROPPED = Peer(answers=False, takes=5.0, connect_takes=5.0)  # packets are
 DATA_PORT_REJECTED = Peer(memory=Verdict.UNREADABLE)
 DATA_PORT_DROPPED = Peer(memory=Verdict.UNREADABLE, read_takes=30.0)
 READS_NEVER_END = Peer(read_takes=math.inf)
@@ -87,6 +89,7 @@ class VirtualProber:
         self.registrations: dict[Any, object] = {}
         self._peers: dict[Any, Peer] = {}
         self._probe_answered_at: dict[Call, float] = {}
+        self._connected_at: dict[Call, float] = {}
         self._calls_can_be_ended = calls_can_be_ended
         self._woken = False
         self._wakes_at = math.inf
@@ -197,7 +200,7 @@ class VirtualProber:
         over = self.clock.now > self._shut_down_at + STOP_GRACE_S  # nobody hears it any more
         for call in came:
             _, answered = self.out.pop(call)
-            del self._probe_answered_at[call]
+            del self._probe_answered_at[call], self._connected_at[call]
             if over:
                 continue
             self._note("answer", call.session, (call, answered))
@@ -242,6 +245,10 @@ class VirtualProber:
         for call in self.watch.to_end():
             if self._calls_can_be_ended and call in self.out:
                 self._end(call)
+        for call in self.watch.to_end_if_connecting():
+            if self._calls_can_be_ended and self.clock.now < self._connected_at[call]:
+                call.not_connected = True
+                self._end(call)
         due_in = self.watch.next_due_in()
         self._wakes_at = math.inf if due_in is None else self.clock.now + due_in
         self._note_events()
@@ -259,6 +266,7 @@ class VirtualProber:
         takes_s = peer.takes + (peer.begin_takes if call.read else 0.0)
         answers = peer.answers and not (call.read and peer.falls_silent)
         self.out[call] = self.clock.now + takes_s, answers
+        self._connected_at[call] = self.clock.now + peer.connect_takes
         self._probe_answered_at[call] = self.clock.now + peer.takes if answers else math.inf
 
     def _note(self, what: Any, session: Any, detail: Any = None) -> None:

@@ -204,8 +204,10 @@ class _FailedSessionProber:
             stopped = self.shutdown.is_set()
             calls = [] if stopped else self.watch.take_due(due_by)
             to_end = [] if stopped else self.watch.to_end()
+            not_connected = [] if stopped else self.watch.to_end_if_connecting()
             wait_s = self.watch.next_due_in()
         _end_calls(to_end)
+        _end_calls(not_connected, only_connecting=True)
         workers.start(calls)
         self._report()
         return len(calls), wait_s
@@ -277,6 +279,8 @@ class _FailedSessionProber:
             return "answered"
         if answer.rc == _session_probe.CUT_SHORT:
             return "cut short"
+        if answer.call.not_connected:
+            return f"no connection within {answer.took_s:.1f} s"
         if answer.call.ended:
             return f"hung, ended after {answer.took_s:.1f} s"
         if answer.rc != _session_probe.NO_ANSWER:
@@ -358,12 +362,13 @@ def _rank(manager: Any) -> str:
     return " ".join(f"{word}{rank}" for word, rank in found.items() if type(rank) is int)
 
 
-def _end_calls(calls: list[Any]) -> None:
+def _end_calls(calls: list[Any], only_connecting: bool = False) -> None:
     """Ends those of the calls that hang and can be ended. No lock held."""
     for call in calls:
         thread = call.thread
-        if thread and _hung_call.end_call(thread, call.session, lambda: call.thread == thread):  # noqa: B023
-            call.ended = True
+        is_same = lambda: call.thread == thread  # noqa: B023, E731
+        if thread and _hung_call.end_call(thread, call.session, is_same, only_connecting):
+            call.ended, call.not_connected = True, only_connecting
 
 
 def _received(answers: queue.SimpleQueue[Any], wait_s: Optional[float], together_s: float = 0.0) -> list[Any]:
@@ -413,6 +418,7 @@ def _run_bare_pass(manager: Any) -> None:
         if not shutdown.is_set():
             workers.start(to_probe.take_due())
             _end_calls(to_probe.to_end())
+            _end_calls(to_probe.to_end_if_connecting(), only_connecting=True)
         for answer in _received(answers, to_probe.next_due_in()):
             session = answer.call.session
             to_probe.lost(answer.call)

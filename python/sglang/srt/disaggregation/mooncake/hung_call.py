@@ -40,11 +40,11 @@ class Wait(NamedTuple):
     descriptor: int
 
 
-def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
+def end_call(thread: int, session: str, is_in_call: Callable[[], bool], only_connecting: bool = False) -> bool:
     """Ends the wait of a thread of this process (the kernel's id) for a session's peer; True if that was done.
 
-    ``is_in_call()`` is True as long as the thread makes the call that is to be ended. Does not block, raises nothing;
-    any thread, no lock held.
+    ``is_in_call()`` is True as long as the thread makes the call that is to be ended; with ``only_connecting`` a
+    connection that is made already is left alone. Does not block, raises nothing; any thread, no lock held.
     """
     wait = wait_of(thread)
     connection = wait and _copy_of(wait.descriptor)
@@ -53,6 +53,8 @@ def end_call(thread: int, session: str, is_in_call: Callable[[], bool]) -> bool:
     with connection:
         try:
             if wait_of(thread) != wait or not is_in_call() or not _may_be_of(connection, session):
+                return False
+            if only_connecting and not _is_connecting(connection):
                 return False
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -128,6 +130,11 @@ def bytes_at(path: str, offset: int, number: int) -> bytes:
         return os.pread(file, number, offset)
     finally:
         os.close(file)
+
+
+def _is_connecting(connection: socket.socket) -> bool:
+    syn_sent = 2
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == syn_sent
 
 
 def _may_be_of(connection: socket.socket, session: str) -> bool:

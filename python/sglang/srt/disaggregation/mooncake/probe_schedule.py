@@ -27,8 +27,10 @@ class Call:
     listen: bool = False  # if the probe fails at once, look whether the peer accepts connections
     answered: bool = False  # the probe was, and reads are being begun
     thread: int = 0  # the kernel's id of the worker thread that makes it, 0 before and after
+    connects_by: float = NEVER  # if it has not connected by then, it is ended
     end_tried_at: float = -NEVER
     ended: bool = False  # it hung, and was ended
+    not_connected: bool = False  # it was ended because it had not connected
 
 
 class Entry(NamedTuple):
@@ -100,6 +102,7 @@ class Places:
         self.concurrency = concurrency
         self._young: dict[Call, None] = {}  # in the order in which they were made
         self._hanging: dict[Call, None] = {}
+        self._connecting: dict[Call, None] = {}  # for all we know, in the order of ``connects_by``
 
     @property
     def most(self) -> int:
@@ -116,10 +119,12 @@ class Places:
 
     def take(self, call: Call) -> None:
         self._young[call] = None
+        if call.connects_by < NEVER:
+            self._connecting[call] = None
 
     def free(self, call: Call) -> None:
-        self._young.pop(call, None)
-        self._hanging.pop(call, None)
+        for calls in (self._young, self._hanging, self._connecting):
+            calls.pop(call, None)
 
     def age(self, now: float) -> None:
         """Calls that are no longer young hang."""
@@ -137,6 +142,17 @@ class Places:
             return []
         calls = itertools.islice(self._hanging, wanted)
         return [call for call in calls if now >= call.end_tried_at + self.TRY_AGAIN_S]
+
+    def connects_by(self) -> float:
+        """When ``not_connected`` has a call, NEVER if none has to connect by any time."""
+        return next(iter(self._connecting)).connects_by if self._connecting else NEVER
+
+    def not_connected(self, now: float) -> list[Call]:
+        """The calls that are to be connected by now, if they are still under way; each of them once."""
+        calls = list(itertools.takewhile(lambda call: now >= call.connects_by, self._connecting))
+        for call in calls:
+            del self._connecting[call]
+        return calls
 
     def free_at(self, now: float) -> float:
         """When there may be a place, if no call returns before."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
@@ -125,6 +126,7 @@ class Session:
         "last_used_at",  # on probation
         "late_since",  # when reads first had to wait, since it answers; or None
         "listen_at",  # from then on a probe may look whether the peer cuts probes short
+        "patient_at",  # from then on a probe may take its time to connect
         "probe_said",  # how the last probe since its failure ended, in words; empty before that
         "probed_at",
         "read_again_at",  # when it may be read next, after reads that failed
@@ -152,7 +154,7 @@ class Session:
         self.relapses = self.failed_first_uses = 0
         self.reads_mislead = False
         self.has_end_check = self.has_turn = False
-        self.probed_at = self.due_at = self.read_at = 0.0
+        self.probed_at = self.due_at = self.read_at = self.listen_at = self.patient_at = 0.0
         self.read_next = False
         self.unreadable: Optional[str] = None
         self._begin_outage(now, hold_s=0.0)
@@ -175,6 +177,8 @@ class Session:
     def not_answered(self, now: float, refused: bool) -> Decision:
         """A probe was not answered; ``refused`` if it failed at once."""
         self.was_gone |= refused
+        if not refused:
+            self.listen_at = max(self.listen_at, now + LISTEN_AFTER_S)
         self.answered_since = self.late_since = self.reads_since = None
         return ProbeAt(max(now + self._gap_s(now), self._probed_in_hold_at(now)))
 
@@ -191,6 +195,20 @@ class Session:
         gap_s = max(least_s, self.probed_at + gap_s - now)
         gap_s *= 1.0 + jitter * (2.0 * self.rules.jitter() - 1.0)
         return min(gap_s, self.rules.interval_s)
+
+    def connects_by(self, now: float) -> float:
+        """Until when a probe that is made now may take to connect: if it has not by then, it is ended.
+
+        Packets that were dropped are sent again after a second, by Linux before 6.5 after 1, 3 and 7 s, and Mooncake
+        gives up after 5 s; so the next probe notices a heal sooner. Within 0.3 s they have gone round the world. Should
+        that take longer: a peer that has answered may take its time, and any other once in INTERVAL.
+        """
+        if not self.blacklisted or self.answered_since is not None:
+            return math.inf
+        if now >= self.patient_at:
+            self.patient_at = now + self.rules.interval_s
+            return math.inf
+        return now + 0.3
 
     def _probed_in_hold_at(self, now: float) -> float:
         """As no answer lets it in before its hold ends, it is probed once in INTERVAL and SETTLE before that end."""
@@ -445,6 +463,7 @@ class Session:
         self.blacklisted_at = now
         self.hold_s = hold_s
         self.listen_at = now + LISTEN_AFTER_S
+        self.patient_at = now + self.rules.interval_s
         self.refused = 0
         self.read_again_at = self.turn_at = 0.0
         self.unreadable = None

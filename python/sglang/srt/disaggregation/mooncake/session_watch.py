@@ -125,6 +125,7 @@ class SessionWatch:
         self._allowance = Allowance(settings.interval_s, clock())
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
         self._read_hangs: list[Call] = []
+        self._connecting_too_long: list[Call] = []
         self._neighbours: dict[str, dict[Session, None]] = {}  # by machine: sessions that take turns to be read
         self._listen_at = 0.0
         self._malformed_said = Said()
@@ -203,6 +204,7 @@ class SessionWatch:
         """
         now = self._clock()
         self.places.age(now)
+        self._connecting_too_long = self.places.not_connected(now)
         self._allowance.renew(now, len(self.sessions), LONGEST_ROUND_S)
         self.rules.round_s = self._allowance.round_s(len(self.sessions))
         calls: list[Call] = []
@@ -234,9 +236,18 @@ class SessionWatch:
             call.end_tried_at = now
         return calls
 
+    def to_end_if_connecting(self) -> list[Call]:
+        """The calls to end after the last ``take_due``, unless they have connected."""
+        return self._connecting_too_long
+
     def next_due_in(self) -> Optional[float]:
         """Seconds from one ``take_due`` until the next is worth while, None while nothing is blacklisted."""
         now = self._clock()
+        wait_s = self._next_entry_in(now)
+        return None if wait_s is None else min(wait_s, max(0.0, self.places.connects_by() - now))
+
+    def _next_entry_in(self, now: float) -> Optional[float]:
+        """Seconds until an entry of the heap is due and, if it is a call, may be made."""
         first = self._due.first()
         if first is None or (first.at > now and not len(self.sessions)):
             return None
@@ -473,7 +484,7 @@ class SessionWatch:
         if read and known.blacklisted and (until := self._neighbour_is_read_until(known, now)):
             known.read_again_at = until
             read = False
-        call = Call(known.id, known.generation, now, read, listen)
+        call = Call(known.id, known.generation, now, read, listen, connects_by=known.connects_by(now))
         known.probed_at = now
         if read:
             known.read_at = now
