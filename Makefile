@@ -20,7 +20,7 @@ test: network-tools
 	  wait $$stock; stock=$$?; wait $$servers; servers=$$?; \
 	  cat .stock.log .servers.log; exit $$((stock + servers + others))
 
-# Without SGLang and without what takes long (marked slow); one story on real engines. Under 40 s.
+# Without SGLang and without what takes long (marked slow); one story on real engines. 35 seconds.
 STORY = test/faults/test_recovery.py::test_a_stopped_decode_node_is_used_again_soon_after_it_goes_on
 test-fast:
 	$(ENGINES) -m pytest -n 4 -m "not slow" $(STORY) test/unit

@@ -21,7 +21,7 @@ from sglang.srt.disaggregation.mooncake.session_watch import Event
 from sglang_failed_session_probe.harmless_logger import logger
 
 RESULTS = ("answered", "unanswered", "error", "unavailable", "unverified")
-# A live peer answers in 0.2 ms; a probe whose packets are dropped ends after 5 s, one that hangs after 60 s.
+# A live peer answers in 0.2 ms; a probe that cannot connect ends after 0.3 or 5 s, one that hangs after 60 s.
 _PROBE_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _OUTAGE_SECONDS = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 

@@ -366,8 +366,12 @@ def _end_calls(calls: list[Any], only_connecting: bool = False) -> None:
     """Ends those of the calls that hang and can be ended. No lock held."""
     for call in calls:
         thread = call.thread
-        is_same = lambda: call.thread == thread  # noqa: B023, E731
-        if thread and _hung_call.end_call(thread, call.session, is_same, only_connecting):
+        if thread and _hung_call.end_call(
+            thread,
+            call.session,
+            lambda: call.thread == thread,  # noqa: B023
+            only_connecting,
+        ):
             call.ended, call.not_connected = True, only_connecting
 
 

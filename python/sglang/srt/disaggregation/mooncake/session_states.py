@@ -99,12 +99,12 @@ class Rules:
         was seen waiting for 55 to 90 % of the time if the peer's address had to be looked up, else for up to 18 %
         (emulated, where a handshake takes 0.1 s).
         """
-        needs_no_pause = 1 / 3  # as much as with pauses
+        needs_no_pause = 1 / 3  # what reads that hold up others all the time do to them with these pauses
         if not self.over_rdma or held_up <= needs_no_pause or not self.has_others():
             return now
         takes_s = min(took_s, 10.0)  # it takes longer only beside other reads that fail
         turn_at = min(max(self.next_turn_at, now + 2.0 * takes_s), now + self.interval_s)
-        self.next_turn_at = turn_at + 3.0 * takes_s
+        self.next_turn_at = turn_at + 3.0 * takes_s  # the reads and their pause
         return turn_at
 
 
