@@ -679,11 +679,27 @@ def test_what_the_last_probe_has_shown_is_kept_for_the_operator(
     assert watch_of(manager).known[D].probe_said.startswith(said)
 
 
-def test_a_probe_that_has_not_connected_soon_is_ended_and_made_again(
-    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_over_a_plain_object_waits_for_a_connection_and_uses_no_core_after_a_shutdown() -> None:
+    """It probes each session once, so nothing is gained by giving that probe up."""
+    with full_peer() as (host, port):
+
+        def connect() -> int:
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, port), timeout=1.0).close()
+            return 0
+
+        manager = bare(Engine(probe=connect), f"{host}:{port}")
+        manager._failed_session_probe_shutdown = threading.Event()
+        threading.Timer(0.1, manager._failed_session_probe_shutdown.set).start()
+        began, cpu = time.monotonic(), time.thread_time()
+        run_pass(manager)
+        assert time.monotonic() - began >= 0.9
+        assert time.thread_time() - cpu < 0.1
+        assert manager.failed_sessions == set()
+
+
+def test_a_probe_that_has_not_connected_soon_is_ended_and_made_again(make_manager: MakeManager) -> None:
     """The kernel would try again after a second or more, and a heal would be noticed as much later."""
-    monkeypatch.delenv(INTERVAL, raising=False)
     with full_peer() as (host, port):
 
         def connect() -> int:

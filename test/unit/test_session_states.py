@@ -209,6 +209,25 @@ def test_a_peer_to_which_connecting_takes_long_is_let_in_all_the_same(heals_at: 
     assert at - heals_at <= 30 + 0.3 + 0.25 + 0.5 + 1.0 + 0.5 + 0.02
 
 
+def test_beside_so_many_that_the_next_probe_is_far_off_a_probe_may_take_its_time_to_connect() -> None:
+    """Else a peer is tried for a third of a second in each round, and not for five with a try a second."""
+    prober = VirtualProber(concurrency=512)
+    prober.fail(*many("gone", 300), peer=REFUSING)
+    prober.run(3)
+    prober.fail(D, peer=DROPPED)
+    prober.run(10)
+    assert not [entry for entry in prober.seen("ended", D) if entry.detail.not_connected]
+    assert len(prober.seen("probe", D)) >= 2
+
+
+@pytest.mark.parametrize("interval_s", [0.5, 5])
+def test_with_a_short_interval_probes_connect_anew_just_as_well(interval_s: float) -> None:
+    prober = VirtualProber(interval_s=interval_s)
+    prober.fail(D, peer=DROPPED)
+    prober.run(29)
+    assert len(prober.seen("probe", D)) >= 29 / (0.3 + 0.25 + 0.02)
+
+
 def test_where_no_call_can_be_ended_a_peer_whose_packets_were_dropped_is_let_in_when_that_has_failed() -> None:
     prober = VirtualProber(calls_can_be_ended=False)
     prober.fail(D, peer=DROPPED)

@@ -422,8 +422,7 @@ def _run_bare_pass(manager: Any) -> None:
         if not shutdown.is_set():
             workers.start(to_probe.take_due())
             _end_calls(to_probe.to_end())
-            _end_calls(to_probe.to_end_if_connecting(), only_connecting=True)
-        for answer in _received(answers, to_probe.next_due_in()):
+        for answer in _received(answers, None if shutdown.is_set() else to_probe.next_due_in()):
             session = answer.call.session
             to_probe.lost(answer.call)
             to_probe.sessions.discard(session)

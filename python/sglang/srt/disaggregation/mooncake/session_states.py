@@ -200,15 +200,17 @@ class Session:
         """Until when a probe that is made now may take to connect: if it has not by then, it is ended.
 
         Packets that were dropped are sent again after a second, by Linux before 6.5 after 1, 3 and 7 s, and Mooncake
-        gives up after 5 s; so the next probe notices a heal sooner. Within 0.3 s they have gone round the world. Should
-        that take longer: a peer that has answered may take its time, and any other once in INTERVAL.
+        gives up after 5 s; so the next probe notices a heal sooner, unless the blacklist is so long that it is far off.
+        Within 0.3 s they have gone round the world. Should that take longer: a peer that has answered may take its
+        time, and any other in the time in which a loop of 30 s would let it in.
         """
-        if not self.blacklisted or self.answered_since is not None:
+        round_trip_s, patient_again_s = 0.3, max(30.0, self.rules.interval_s)
+        if not self.blacklisted or self.answered_since is not None or self.rules.round_s > 2.0 * round_trip_s:
             return math.inf
-        if now >= self.patient_at:
-            self.patient_at = now + self.rules.interval_s
+        if now >= max(self.patient_at, self.blacklisted_at + patient_again_s):
+            self.patient_at = now + patient_again_s
             return math.inf
-        return now + 0.3
+        return now + round_trip_s
 
     def _probed_in_hold_at(self, now: float) -> float:
         """As no answer lets it in before its hold ends, it is probed once in INTERVAL and SETTLE before that end."""
@@ -463,7 +465,6 @@ class Session:
         self.blacklisted_at = now
         self.hold_s = hold_s
         self.listen_at = now + LISTEN_AFTER_S
-        self.patient_at = now + self.rules.interval_s
         self.refused = 0
         self.read_again_at = self.turn_at = 0.0
         self.unreadable = None
