@@ -445,7 +445,7 @@ BREAKS = [
     Break(
         "the loop wakes for a probe that has not connected",
         SessionWatch.next_due_in,
-        "min(wait_s, max(0.0, self.places.connects_by() - now))",
+        "min(wait_s, max(self.places.connects_by() - now, self._least_wait_s()))",
         "wait_s",
     ),
     Break("told once that a peer cuts probes short", SessionWatch.answered, "known.listen_at = NEVER", "pass"),
