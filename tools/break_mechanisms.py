@@ -445,8 +445,8 @@ BREAKS = [
     Break(
         "the loop wakes for a probe that has not connected",
         SessionWatch.next_due_in,
-        "min(wait_s, max(self.places.connects_by() - now, self._least_wait_s()))",
-        "wait_s",
+        "        at = min(at, self.places.connects_by())\n",
+        "",
     ),
     Break("told once that a peer cuts probes short", SessionWatch.answered, "known.listen_at = NEVER", "pass"),
     Break("looks ten a second at most", SessionWatch._call, "max(known.listen_at, self._listen_at)", "known.listen_at"),
@@ -671,7 +671,7 @@ BREAKS = [
     ),
     Break(
         "the next round begins at once while more is due",
-        SessionWatch._next_entry_in,
+        SessionWatch.next_due_in,
         "        if at <= now:\n            return 0.0\n",
         "",
         CONN_TESTS,

@@ -243,11 +243,6 @@ class SessionWatch:
     def next_due_in(self) -> Optional[float]:
         """Seconds from one ``take_due`` until the next is worth while, None while nothing is blacklisted."""
         now = self._clock()
-        wait_s = self._next_entry_in(now)
-        return None if wait_s is None else min(wait_s, max(self.places.connects_by() - now, self._least_wait_s()))
-
-    def _next_entry_in(self, now: float) -> Optional[float]:
-        """Seconds until an entry of the heap is due and, if it is a call, may be made."""
         first = self._due.first()
         if first is None or (first.at > now and not len(self.sessions)):
             return None
@@ -260,10 +255,8 @@ class SessionWatch:
                 return max(0.0, self.places.free_at(now) - now)
         if at <= now:
             return 0.0
-        return max(at - now, self._least_wait_s())
-
-    def _least_wait_s(self) -> float:
-        return min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions))
+        at = min(at, self.places.connects_by())
+        return max(at - now, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions)))
 
     def waits_for_allowance(self) -> bool:
         """True if the last ``take_due`` left due sessions, because the allowance is used up."""
