@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: test test-fast faults rdma router mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
-# Everything: without SGLang, on two managers of five stock releases, on real servers. About 20 minutes, the first time
+# Everything: without SGLang, on two managers of five stock releases, on real servers. About 16 minutes, the first time
 # plus the downloads. Much of it is waiting, so what comes last runs three at a time.
 test: network-tools
 	for release in 0.4.10.post2 0.5.2 0.5.8.post1 0.5.12.post1 0.5.23; do \

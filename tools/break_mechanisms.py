@@ -146,6 +146,12 @@ BREAKS = [
         "return now + round_trip_s",
         "return math.inf",
     ),
+    Break(
+        "a short INTERVAL leaves no more time to connect",
+        Session.connects_by,
+        "max(30.0, self.rules.interval_s)",
+        "self.rules.interval_s",
+    ),
     Break("once in 30 s it may take its time", Session.connects_by, "if now >= max(", "if 0 > max("),
     Break(
         "the probe after an answer may take its time, too",
@@ -443,6 +449,9 @@ BREAKS = [
     Break("the loop hears of a registration", SessionWatch.left, "            self._wake()", "            pass"),
     Break("an unreadable peer is told once", SessionWatch.read, "and known.unreadable is None:", ":"),
     Break(
+        "each is looked at once whether it has connected", Places.not_connected, "del self._connecting[call]", "pass"
+    ),
+    Break(
         "the loop wakes for a probe that has not connected",
         SessionWatch.next_due_in,
         "        at = min(at, self.places.connects_by())\n",
@@ -637,6 +646,20 @@ BREAKS = [
         Prober._start_due,
         "[] if stopped else self.watch.take_due(due_by)",
         "self.watch.take_due(due_by)",
+    ),
+    Break(
+        "the daemon thread ends what has not connected",
+        Prober._start_due,
+        "        _end_calls(not_connected, only_connecting=True)\n",
+        "",
+        CONN_TESTS,
+    ),
+    Break(
+        "a pass over a plain object sleeps after a shutdown, too",
+        conn._run_bare_pass,
+        "None if shutdown.is_set() else ",
+        "",
+        CONN_TESTS,
     ),
     Break("stop at exit", conn._register_hooks, "    atexit.register(_stop_probers)\n", "", EXIT_TESTS),
     Break("one hook for all managers", conn._register_hooks, "@functools.cache", "", CONN_TESTS),

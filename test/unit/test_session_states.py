@@ -199,7 +199,7 @@ def test_a_peer_whose_packets_were_dropped_is_let_in_soon_after_the_heal(dropped
 
 @pytest.mark.parametrize("heals_at", [10, 31, 100])
 def test_a_peer_to_which_connecting_takes_long_is_let_in_all_the_same(heals_at: float) -> None:
-    """Once in INTERVAL a probe may take its time, and the one after it, which lets the peer in."""
+    """Once in 30 s a probe may take its time, and the one after it, which lets the peer in."""
     prober = VirtualProber()
     prober.fail(D, peer=DROPPED)
     prober.run(heals_at)
