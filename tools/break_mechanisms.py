@@ -24,9 +24,10 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
 from sglang.srt import environ
-from sglang.srt.disaggregation.mooncake import conn, hung_call, rdma_waits, session_probe, tent_probe
+from sglang.srt.disaggregation.mooncake import conn, hung_call, late_bytes, rdma_waits, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
+from sglang.srt.disaggregation.mooncake.late_bytes import LateBytes
 from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
 from sglang.srt.disaggregation.mooncake.probe_workers import Workers
 from sglang.srt.disaggregation.mooncake.rdma_waits import RdmaWaits, Samples
@@ -52,6 +53,7 @@ CONN_TESTS, EXIT_TESTS, METRICS_TESTS, LOG_TESTS, PATCH_TESTS, PROBE_TESTS, HUNG
     for name in ("conn", "exit", "metrics", "log", "patch", "session_probe", "hung_call", "probe_workers")
 )
 RDMA_WAITS_TESTS = f"{UNIT}/test_rdma_waits.py"
+LATE_BYTES_TESTS = f"{UNIT}/test_late_bytes_seen.py"
 TENT_TESTS = f"{UNIT}/test_tent_probe.py"
 SETTINGS_TESTS = f"{UNIT}/test_settings.py"
 STATUS_TESTS = "test/commands/test_status.py"
@@ -148,9 +150,9 @@ BREAKS = [
     ),
     Break(
         "a short INTERVAL leaves no more time to connect",
-        Session.connects_by,
-        "max(30.0, self.rules.interval_s)",
-        "self.rules.interval_s",
+        Rules.loop_s,
+        "max(30.0, self.settings.interval_s)",
+        "self.settings.interval_s",
     ),
     Break("once in 30 s it may take its time", Session.connects_by, "if now >= max(", "if 0 > max("),
     Break(
@@ -336,6 +338,18 @@ BREAKS = [
         "not can_land or ",
         "",
     ),
+    Break(
+        "settles again while the kernel sends bytes again",
+        Session._settles_again,
+        "are_seen or verdict is",
+        "verdict is",
+    ),
+    Break(
+        "the kernel's bytes are waited for as long as a loop takes, however reads mislead",
+        Session._settles_again,
+        "longest_s = self.rules.loop_s",
+        "pass",
+    ),
     Break("the transport is found out", Prober.run, "if _session_probe.is_over_rdma():", "if False:", CONN_TESTS),
     Break(
         "pause after a failed read",
@@ -508,6 +522,60 @@ BREAKS = [
         "self.over_rdma and self._looks:",
         "self.over_rdma:",
         PROBE_TESTS,
+    ),
+    Break(
+        "over TCP the kernel is asked before reads are begun",
+        MemoryReader.begin,
+        "self.reads_at_a_time > 1 and self._late_bytes_may_land(session)",
+        "False",
+        PROBE_TESTS,
+    ),
+    Break(
+        "reads that work too soon let nobody in",
+        Reads.look,
+        "if self.too_soon and",
+        "if False and",
+        PROBE_TESTS,
+    ),
+    Break("a connection that was closed counts", late_bytes._own_sockets, "own = {0}", "own = set()", LATE_BYTES_TESTS),
+    Break(
+        "what other processes send does not count", LateBytes._ports_in, "and int(inode) in own", "", LATE_BYTES_TESTS
+    ),
+    Break(
+        "a request to read does not count",
+        LateBytes._ports_in,
+        "int(waiting, 16) >= self._LEAST_BYTES and",
+        "",
+        LATE_BYTES_TESTS,
+    ),
+    Break("messages do not count", LateBytes.may_land, "set(self._other_ports())", "set()", LATE_BYTES_TESTS),
+    Break(
+        "whose messages are known is told",
+        conn._message_ports,
+        'getattr(registration, "dst_port", None)',
+        "None",
+        CONN_TESTS,
+    ),
+    Break(
+        "the tables are read four times a second",
+        LateBytes._look,
+        "began >= seen.until",
+        "True",
+        LATE_BYTES_TESTS,
+    ),
+    Break(
+        "looks that take long are made seldom",
+        LateBytes._look,
+        "max(self.LOOK_EVERY_S, self.PAUSE_PER_LOOK * (now - began))",
+        "self.LOOK_EVERY_S",
+        LATE_BYTES_TESTS,
+    ),
+    Break(
+        "peers on IPv6 are in a table of their own",
+        LateBytes.may_land,
+        '"tcp" if ip.version == 4 else "tcp6"',
+        '"tcp"',
+        LATE_BYTES_TESTS,
     ),
     Break(
         "threads are looked at twice a second",
@@ -1142,6 +1210,13 @@ BREAKS = [
         Session._next,
         "max(self.answered_since + settings.settle_s, self.hold_ends_at())",
         "self.hold_ends_at()",
+        f"{FAULTS}/test_late_bytes.py",
+    ),
+    Break(
+        "bytes that the kernel sends again, real engines",
+        LateBytes._ports_in,
+        "int(waiting, 16) >= self._LEAST_BYTES",
+        "False",
         f"{FAULTS}/test_late_bytes.py",
     ),
 ]

@@ -3,6 +3,8 @@
 They land when a stopped peer goes on, for as long as the link takes to carry what the failed transfer had left. Each
 try: a large transfer of 1s to a stopped peer fails, the peer goes on, and once the session is let in a small transfer
 of 2s goes to where the last of the 1s belong.
+
+They land, too, when TCP sends again what was dropped, up to as long after the heal as the fault has lasted.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from kit.network import Network, why_no_network
 from kit.node import Node
+from kit.waiting import wait_until
 
 needs_network = pytest.mark.skipif(bool(why_no_network()), reason=f"no network fault is injected: {why_no_network()}")
 SETTLE = "SGLANG_FAILED_SESSION_PROBE_SETTLE_S"
@@ -125,3 +128,48 @@ def test_a_peer_stays_out_while_late_bytes_fill_all_lanes_to_it(
             record_fault("late bytes, slow link", f"settle 1 s, {rate}", lost=0, served_after_s=served_s)
             return
     pytest.fail(f"late bytes in {TRIES} tries: a peer is let in though its lanes are full of them")
+
+
+def send_blocks(prefill: Node, decode: Node, source: int) -> str:
+    """Sends eight blocks from this place on, which Mooncake cannot join to fewer; empty if they arrived."""
+    block, places = 64 << 10, range(0, 16 * (64 << 10), 2 * (64 << 10))
+    return str(prefill.ask("send_blocks", decode.session, [(source + at, decode.address + at, block) for at in places]))
+
+
+@needs_network
+@pytest.mark.parametrize("kind", ["closed", "one later"])
+def test_a_peer_stays_out_until_bytes_that_were_dropped_have_landed(
+    tmp_path: pathlib.Path, record_fault: RecordFault, kind: str
+) -> None:
+    """Bytes of connections that Mooncake has closed meanwhile (it does so after 30 s, here after 5), or of one
+    connection that sends again seconds after the others.
+    """
+    twos, outage_s = 16 << 20, {"closed": 7.0, "one later": 5.5}[kind]
+    closes = {"MC_TCP_PROGRESS_TIMEOUT_SEC": "5"} if kind == "closed" else {}
+    with Network() as network, large_nodes(tmp_path, network.path, **closes) as (prefill, decode):
+        prefill.ask("fill_part", 2, twos, 2 << 20)
+        for _ in range(20):  # so that all connections are open
+            assert send_blocks(prefill, decode, twos) == ""
+        decode.ask("fill", 9)
+        with contextlib.ExitStack() as later:
+            with network.dropped(decode.handshake_port, decode.data_port, direction="both"):
+                over_at = time.monotonic() + outage_s
+                assert "Failed to send" in send_blocks(prefill, decode, 0)
+                dropped = network.sends_again_in(decode.data_port)
+                assert dropped, "no bytes are under way"
+                if kind == "one later":
+                    later.enter_context(network.dropped(next(iter(dropped)), direction="back"))
+                time.sleep(max(0.0, over_at - time.monotonic()))
+            if kind == "one later":
+                assert wait_until(lambda: len(network.sends_again_in(decode.data_port)) == 1, 20)
+        healed_at = time.monotonic()
+        while (why := send_blocks(prefill, decode, twos)) != "":
+            assert "is not alive" in why, f"a request was lost: {why}"
+            assert time.monotonic() - healed_at < 40, f"not served; log:\n{prefill.log_text()}"
+            time.sleep(0.01)
+        served_s = time.monotonic() - healed_at
+        assert wait_until(lambda: not network.sends_again_in(decode.data_port), 40)
+        time.sleep(0.5)  # what has arrived is on the memory
+        late = decode.ask("count", 1, 0, 2 << 20)
+    assert late == 0, f"{late} bytes of a failed transfer replaced those of the request after it"
+    record_fault("late bytes, dropped", kind, lost=0, served_after_s=served_s)

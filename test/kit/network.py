@@ -45,6 +45,17 @@ class Network:
         lines = self._run("ss", "-ltnpH").splitlines()
         return [int(line.split()[3].rpartition(":")[2]) for line in lines if f"pid={pid}," in line]
 
+    def sends_again_in(self, port: int) -> dict[int, float]:
+        """The connections to a port that have to send more than a request again, by local port: in how many seconds."""
+        found = {}
+        for line in self._run("cat", "/proc/self/net/tcp").splitlines()[1:]:
+            _, local, remote, _, to_send, timer, *_ = line.split()
+            kind, _, hundredths = timer.partition(":")
+            is_block = int(to_send.partition(":")[0], 16) > 64
+            if int(remote.rpartition(":")[2], 16) == port and kind == "01" and is_block:
+                found[int(local.rpartition(":")[2], 16)] = int(hundredths, 16) / 100
+        return found
+
     def dropped(self, *ports: int, direction: Direction = "to") -> contextlib.AbstractContextManager[None]:
         """Packets vanish."""
         return self._closed(ports, ["DROP"], direction)

@@ -153,21 +153,6 @@ def test_a_node_that_flaps_is_held_longer_each_time_and_serves_in_between(
     assert holds == ["1s", "2s", "4s"]
 
 
-def sends_again_in(network: Network, port: int) -> list[float]:
-    """For each connection to the port whose bytes were dropped: the seconds until the kernel sends them again."""
-    established, sends_again = "01", "01"
-    table = processes.run(["cat", "/proc/self/net/tcp"], network.path).splitlines()[1:]
-    # Each line: number, local and remote address, state, bytes to send:to receive, timer:hundredths of a second.
-    found = [line.split()[2:6] for line in table]
-    return [
-        int(timer.partition(":")[2], 16) / 100
-        for remote, state, to_send, timer in found
-        if int(remote.rpartition(":")[2], 16) == port
-        and (state, timer.partition(":")[0]) == (established, sends_again)
-        and int(to_send.partition(":")[0], 16)
-    ]
-
-
 @pytest.mark.timeout(240)
 def test_late_bytes_of_a_failed_request_have_landed_before_the_next_one_is_served(
     prefill: StockNode, decode: StockNode, network: Network, data_port: int
@@ -186,12 +171,12 @@ def test_late_bytes_of_a_failed_request_have_landed_before_the_next_one_is_serve
         with rule(network, "-j", "DROP"):
             assert_lost_to_the_fault(send(prefill, failed, pages=PAGES))
             time.sleep(max(0.0, sent_at + BYTES_ARE_STILL_UNDER_WAY_S - time.monotonic()))
-            times = sends_again_in(network, data_port)
+            times = network.sends_again_in(data_port).values()
         assert recovers(prefill, decode.session)
         landed = decode.ask("digest", pages=PAGES)
         time.sleep(max(0.0, sent_at + ALL_BYTES_HAVE_LANDED_S - time.monotonic()))
         if len(times) != 4 or max(times) - min(times) > IN_STEP_S:
-            unseen.append(f"sent again in {times} s")
+            unseen.append(f"sent again in {list(times)} s")
         elif decode.ask("digest", pages=PAGES) != landed:
             unseen.append("bytes landed that would have replaced those of the next request")
         else:

@@ -40,7 +40,14 @@ from kit.managers import (
 )
 from kit.waiting import wait_until
 from prometheus_client import REGISTRY
-from sglang.srt.disaggregation.mooncake import conn, rdma_waits, session_probe, session_states, session_watch
+from sglang.srt.disaggregation.mooncake import (
+    conn,
+    late_bytes,
+    rdma_waits,
+    session_probe,
+    session_states,
+    session_watch,
+)
 from sglang.srt.disaggregation.mooncake.conn import KVTransferError, MooncakeKVManager
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader
@@ -230,6 +237,23 @@ def test_a_healed_session_is_used_again_after_about_settle_time(
     assert engine.asked_under_lock == [], "every transfer waits while a peer is asked"
     assert [read[0::2] for read in engine.reads] == [(D, 8192)] * 4
     assert not engine.batches
+
+
+def test_a_peer_is_let_in_when_the_kernel_sends_it_no_bytes_again_but_those_of_sglangs_messages(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages_go_to: list[Any] = []
+
+    def may_land(kernel: Any, session: str) -> bool:
+        messages_go_to.append(kernel._other_ports())
+        return len(messages_go_to) < 3
+
+    monkeypatch.setattr(late_bytes.LateBytes, "may_land", may_land)
+    manager = make_manager(Engine())
+    manager.register_decode(D, types.SimpleNamespace(dst_kv_ptrs=[8192], dst_port=8998))
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager))
+    assert messages_go_to == [{8998}] * 3, "let in though bytes of the failed transfer would land"
 
 
 def test_the_start_is_told_in_one_line_with_versions_and_settings(

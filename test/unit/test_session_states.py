@@ -498,6 +498,42 @@ def test_reads_that_nobody_looked_at_in_time_make_it_settle_once_more_and_no_lon
     assert prober.let_in(D) == [(about(2.0), None)]
 
 
+BYTES_MAY_LAND = Peer(memory=Verdict.READABLE_TOO_SOON)
+
+
+def test_a_peer_stays_out_until_the_bytes_that_the_kernel_sends_again_have_landed() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(20.5)
+    assert prober.request(D), "let in though bytes of the failed transfer would land on those of the next request"
+    prober.becomes(D, HEALTHY)
+    prober.run(2)
+    assert prober.let_in(D) == [(pytest.approx(20.5, abs=1.1), None)]
+
+
+@pytest.mark.parametrize(("interval_s", "let_in_at"), [(5.0, 31.0), (30.0, 31.0), (60.0, 61.0)])
+def test_a_peer_to_which_the_kernel_always_sends_bytes_again_is_let_in_as_by_a_loop_and_that_is_said(
+    interval_s: float, let_in_at: float
+) -> None:
+    """As on a connection that a firewall has forgotten."""
+    prober = VirtualProber(interval_s=interval_s)
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(let_in_at - 1.5)
+    assert prober.request(D)
+    prober.run(3)
+    assert prober.let_in(D) == [(pytest.approx(let_in_at, abs=1.1), "bytes of a failed transfer may still land")]
+
+
+def test_a_peer_that_worked_though_its_reads_had_waited_stays_out_while_the_kernel_sends_bytes_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=Peer(read_takes=0.2))
+    prober.run(20)
+    use_until(prober, 30)
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(20)
+    assert prober.request(D), "let in though bytes of the failed transfer would land on those of the next request"
+
+
 def test_without_settle_a_read_that_waited_is_enough() -> None:
     prober = VirtualProber(settle_s=0.0)
     prober.fail(D, peer=Peer(read_takes=3.0))

@@ -57,6 +57,8 @@ SESSIONS = [f"decode:{port}" for port in range(1, 8)]
 MALFORMED = "no session id"
 NO_PAGE = "Mooncake gave -1 when it was to register a page to read into"
 BEGIN_HANGS = Peer(begin_takes=50.0)
+LATE = (Verdict.READABLE_LATE, Verdict.READABLE_TOO_SOON)
+TOO_SOON = "bytes of a failed transfer may still land"
 WAITS = Peer(read_takes=0.2)  # for a connection to be free, whenever it is read
 PEERS = [
     HEALTHY,
@@ -71,6 +73,7 @@ PEERS = [
     Peer(takes=2.5, falls_silent=True),
     Peer(memory=Verdict.CANNOT_TELL),
     Peer(memory=Verdict.CANNOT_TELL, why=NO_PAGE),
+    Peer(memory=Verdict.READABLE_TOO_SOON),
     Peer(memory=Verdict.UNREADABLE, read_takes=0.3),
 ]
 
@@ -266,17 +269,20 @@ class Onlooker:
             known.unreadable = True
             known.no_read_before = entry.at + LEAST_PAUSE_S
             known.read_by = entry.at + (max(PAUSE_S, INTERVAL_S) if known.was_gone else PAUSE_S)
-        elif verdict is Verdict.READABLE_LATE and self._settles_again(known, entry.at):
+        elif verdict in LATE and self._settles_again(known, entry.at, verdict):
             known.answered_since = entry.at
         else:
-            if verdict is not Verdict.READABLE_LATE:
+            if verdict not in LATE:
                 known.late_since = None
             known.proof = entry.at, verdict
 
-    def _settles_again(self, known: Known, now: float) -> bool:
+    def _settles_again(self, known: Known, now: float, verdict: Verdict) -> bool:
         if known.late_since is None:
             known.late_since = now
-        return self.settle_s > 0 and not known.reads_mislead and now < known.late_since + INTERVAL_S / 2
+        longest_s = 0.0 if known.reads_mislead else INTERVAL_S / 2
+        if verdict is Verdict.READABLE_TOO_SOON:
+            longest_s = max(30.0, INTERVAL_S)
+        return self.settle_s > 0 and now < known.late_since + longest_s
 
     # Events.
 
@@ -317,6 +323,8 @@ class Onlooker:
             assert (proof in readable) if self.verifying else proof, f"{session} was let in after {proof}"
         elif reason == NO_PAGE:
             assert known.proof == (entry.at, Verdict.CANNOT_TELL)
+        elif reason == TOO_SOON:
+            assert known.proof == (entry.at, Verdict.READABLE_TOO_SOON)
         else:
             assert self.verifying
             opens_after_s = self.settle_s if known.reads_mislead else known.fails_open_after()

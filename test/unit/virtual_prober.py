@@ -220,6 +220,7 @@ class VirtualProber:
                 self._note("shown", call.session, (call, verdict))
                 why = {
                     Verdict.UNREADABLE: "reading its memory gave -1",
+                    Verdict.READABLE_TOO_SOON: "bytes of a failed transfer may still land",
                     Verdict.CANNOT_TELL: self._peers[call.session].why,
                 }
                 peer = self._peers[call.session]

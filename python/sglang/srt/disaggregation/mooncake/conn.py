@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 # Under names that SGLang's module has not, because it is the same module.
 from sglang.srt.disaggregation.mooncake import failed_sessions as _blacklist
 from sglang.srt.disaggregation.mooncake import hung_call as _hung_call
+from sglang.srt.disaggregation.mooncake import late_bytes as _late_bytes
 from sglang.srt.disaggregation.mooncake import probe_workers as _probe_workers
 from sglang.srt.disaggregation.mooncake import session_probe as _session_probe
 from sglang.srt.disaggregation.mooncake import session_states as _session_states
@@ -89,7 +90,10 @@ class _FailedSessionProber:
         self._can_probe = _session_probe.can_probe(manager.engine)
         self._log = _session_log.FailedSessionLog(self._can_probe)
         self._reader = _session_probe.MemoryReader(
-            manager.engine, lambda session: _registration(manager, session), self._log.page_refused
+            manager.engine,
+            lambda session: _registration(manager, session),
+            self._log.page_refused,
+            late_bytes_may_land=_late_bytes.LateBytes(lambda: _message_ports(manager)).may_land,
         )
         self._pending = _session_probe.PendingReads()
         self._thread: Optional[threading.Thread] = None
@@ -353,6 +357,12 @@ def _hold_threads_that_terminate() -> None:
 def _registration(manager: Any, session: Any) -> Any:
     """What the peer of a session has registered, a new object with each registration; None if nothing is known."""
     return getattr(manager, "decode_kv_args_table", {}).get(session)
+
+
+def _message_ports(manager: Any) -> set[Any]:
+    """The ports of decode nodes to which SGLang sends messages."""
+    registrations = list(getattr(manager, "decode_kv_args_table", {}).values())
+    return {getattr(registration, "dst_port", None) for registration in registrations}
 
 
 def _rank(manager: Any) -> str:

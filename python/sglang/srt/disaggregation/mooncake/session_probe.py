@@ -154,6 +154,7 @@ class Reads:
         self.why = ""
         self.begun = True  # False while more of them are being begun
         self.unsure = False  # True if the engine returned something unknown: a read may still be writing
+        self.too_soon = False  # when they were begun, bytes of a failed transfer could still land
         self.samples_before = rdma_waits.Samples(0, 0)  # when they were begun
 
     @classmethod
@@ -182,6 +183,8 @@ class Reads:
             # Reads seen pending after LATE_S are late; where the first look came after it, nobody knows.
             prompt = Verdict.READABLE if in_time else Verdict.READABLE_UNSEEN
             self.verdict = Verdict.READABLE_LATE if self._late else prompt
+        if self.too_soon and self.verdict in (Verdict.READABLE, Verdict.READABLE_LATE, Verdict.READABLE_UNSEEN):
+            self.verdict, self.why = Verdict.READABLE_TOO_SOON, "bytes of a failed transfer may still land"
         self._late |= not in_time
         return self.verdict
 
@@ -216,7 +219,8 @@ class MemoryReader:
     """Reads a few bytes of a peer's registered memory into a scratch page of this process, which nobody looks at.
 
     ``registration(session)`` gives what the peer has registered, an entry of ``decode_kv_args_table`` or None;
-    ``page_refused(why)`` is called once if Mooncake does not take the page. Any thread may use it.
+    ``page_refused(why)`` is called once if Mooncake does not take the page. ``late_bytes_may_land(session)`` is asked
+    over TCP, before reads are begun. Any thread may use it.
     """
 
     _REGISTER_AGAIN_S = 10.0
@@ -232,10 +236,12 @@ class MemoryReader:
         registration: Callable[[str], Any],
         page_refused: Callable[[str], object] = lambda why: None,
         clock: Callable[[], float] = time.monotonic,
+        late_bytes_may_land: Callable[[str], bool] = lambda session: False,
     ) -> None:
         self._engine = engine
         self._registration = registration
         self._page_refused = page_refused
+        self._late_bytes_may_land = late_bytes_may_land
         self._clock = clock
         self._lock = threading.Lock()
         self._page: Optional[_Page] = None
@@ -266,9 +272,11 @@ class MemoryReader:
         scratch = self._scratch_for(reads)
         if scratch is None:
             return Reads.decided(Verdict.CANNOT_TELL, self._refused_why)
+        reads.too_soon = self.reads_at_a_time > 1 and self._late_bytes_may_land(session)
         if not can_begin:
             done = _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
             reads.begun, reads.unsure = True, done.look() is Verdict.UNREADABLE
+            done.too_soon = reads.too_soon
             return done
         begin = functools.partial(begin_read, session, [scratch], [address], [READ_BYTES])
         goes_on = all(self._begin_one(reads, begin) for _ in range(self.reads_at_a_time))

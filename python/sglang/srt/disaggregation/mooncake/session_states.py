@@ -63,6 +63,7 @@ class Verdict(enum.Enum):
     READABLE = "readable"
     READABLE_LATE = "readable after a wait"  # for a free connection
     READABLE_UNSEEN = "readable, perhaps after a wait"  # this process was too busy to look in time
+    READABLE_TOO_SOON = "readable, but bytes of a failed transfer may still land"  # the kernel sends them again
     CANNOT_TELL = "cannot tell"  # the engine cannot read, or the address is not known: the answered probe decides
     UNREADABLE = "unreadable"
 
@@ -89,6 +90,11 @@ class Rules:
     def interval_s(self) -> float:
         """INTERVAL, but never so short that the daemon thread would spin."""
         return max(0.01, self.settings.interval_s)
+
+    @property
+    def loop_s(self) -> float:
+        """In which a loop like SGLang's own lets every session in once: 30 s, or INTERVAL if that is longer."""
+        return max(30.0, self.settings.interval_s)
 
     def turn_to_read_at(self, now: float, took_s: float, held_up: float) -> float:
         """When a peer whose reads failed after ``took_s`` may be read again: in INTERVAL at the latest.
@@ -204,11 +210,11 @@ class Session:
         Within 0.3 s they have gone round the world. Should that take longer: a peer that has answered may take its
         time, and any other in the time in which a loop of 30 s would let it in.
         """
-        round_trip_s, patient_again_s = 0.3, max(30.0, self.rules.interval_s)
+        round_trip_s = 0.3
         if not self.blacklisted or self.answered_since is not None or self.rules.round_s > 2.0 * round_trip_s:
             return math.inf
-        if now >= max(self.patient_at, self.blacklisted_at + patient_again_s):
-            self.patient_at = now + patient_again_s
+        if now >= max(self.patient_at, self.blacklisted_at + self.rules.loop_s):
+            self.patient_at = now + self.rules.loop_s
             return math.inf
         return now + round_trip_s
 
@@ -306,22 +312,28 @@ class Session:
         return ProbeAt(min(hangs_at, now + self.rules.interval_s))
 
     def _settles_again(self, now: float, verdict: Verdict) -> bool:
-        """True if it must settle once more, because its reads had to wait for a free connection.
+        """True if it must settle once more, because bytes of a failed transfer may still land.
 
-        Bytes of a failed transfer on the other connections land up to 0.5 s after the first one is free, on a slow link
-        up to 12 s. So this goes on for half of INTERVAL at most, happens once if the reads only may have waited, and
-        not at all if they always wait: the last time it worked, though they had.
+        They do if the kernel sends them again, up to as long after the heal as the fault lasted. This goes on for as
+        long as a loop would take to let it in.
+
+        They may if reads had to wait for a free connection: those on the others land up to 0.5 s after the first one is
+        free, on a slow link up to 12 s. So this goes on for half of INTERVAL at most, happens once if the reads only
+        may have waited, and not at all if they always wait: the last time it worked, though they had.
         """
+        are_seen = verdict is Verdict.READABLE_TOO_SOON
         may_be_late = verdict is Verdict.READABLE_UNSEEN and self.late_since is None
         # Over RDMA Mooncake gives a transfer up after nine attempts to connect again, 9.6 to 10.6 s. After a shorter
         # outage bytes landed up to 2.2 s after the heal, after longer ones none. Over TCP a transfer is not given up.
         can_land = not self.rules.over_rdma or now < self.failed_at + 12.0
-        if not can_land or not (verdict is Verdict.READABLE_LATE or may_be_late):
+        if not can_land or not (are_seen or verdict is Verdict.READABLE_LATE or may_be_late):
             self.late_since = None
             return False
         if self.late_since is None:
             self.late_since = now
         longest_s = 0.0 if self.reads_mislead else self.rules.interval_s / 2.0
+        if are_seen:
+            longest_s = self.rules.loop_s
         return self.rules.settings.settle_s > 0 and now < self.late_since + longest_s
 
     def _pause_s(self, now: float) -> float:
