@@ -24,7 +24,7 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
 from sglang.srt import environ
-from sglang.srt.disaggregation.mooncake import conn, hung_call, late_bytes, rdma_waits, session_probe, tent_probe
+from sglang.srt.disaggregation.mooncake import conn, hung_call, rdma_waits, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.late_bytes import LateBytes
@@ -338,17 +338,20 @@ BREAKS = [
         "not can_land or ",
         "",
     ),
+    Break("stays out while the kernel sends bytes again", Session._waits_for_bytes, "return True", "return False"),
     Break(
-        "settles again while the kernel sends bytes again",
-        Session._settles_again,
-        "are_seen or verdict is",
-        "verdict is",
+        "bytes are waited for as long as a loop takes",
+        Session._waits_for_bytes,
+        "self.waits_for_bytes * settle_s >= self.rules.loop_s",
+        "False",
     ),
+    Break("bytes that mislead are not waited for", Session._waits_for_bytes, "self.bytes_mislead or ", ""),
+    Break("without SETTLE no bytes are waited for", Session._waits_for_bytes, "settle_s == 0 or ", ""),
     Break(
-        "the kernel's bytes are waited for as long as a loop takes, however reads mislead",
-        Session._settles_again,
-        "longest_s = self.rules.loop_s",
-        "pass",
+        "that bytes may land says nothing about reads",
+        Session.let_in,
+        "None if self.is_too_soon else unverified",
+        "unverified",
     ),
     Break("the transport is found out", Prober.run, "if _session_probe.is_over_rdma():", "if False:", CONN_TESTS),
     Break(
@@ -537,44 +540,52 @@ BREAKS = [
         "if False and",
         PROBE_TESTS,
     ),
-    Break("a connection that was closed counts", late_bytes._own_sockets, "own = {0}", "own = set()", LATE_BYTES_TESTS),
     Break(
-        "what other processes send does not count", LateBytes._ports_in, "and int(inode) in own", "", LATE_BYTES_TESTS
-    ),
-    Break(
-        "a request to read does not count",
-        LateBytes._ports_in,
-        "int(waiting, 16) >= self._LEAST_BYTES and",
-        "",
+        "a connection that was closed counts",
+        LateBytes._ports,
+        "inode == 0 or inode in own",
+        "inode in own",
         LATE_BYTES_TESTS,
     ),
+    Break(
+        "what other processes send does not count",
+        LateBytes._ports,
+        "inode == 0 or inode in own",
+        "True",
+        LATE_BYTES_TESTS,
+    ),
+    Break(
+        "a request to read does not count", LateBytes._ports, "to_send >= self._LEAST_BYTES", "True", LATE_BYTES_TESTS
+    ),
+    Break("what is sent once does not count", LateBytes._ports, " and again:", ":", LATE_BYTES_TESTS),
     Break("messages do not count", LateBytes.may_land, "set(self._other_ports())", "set()", LATE_BYTES_TESTS),
     Break(
-        "whose messages are known is told",
-        conn._message_ports,
+        "to which ports messages go is known",
+        conn._other_ports,
         'getattr(registration, "dst_port", None)',
         "None",
         CONN_TESTS,
     ),
     Break(
-        "the tables are read four times a second",
+        "the kernel is asked four times a second",
         LateBytes._look,
-        "began >= seen.until",
+        "self._clock() >= seen.until",
         "True",
         LATE_BYTES_TESTS,
     ),
     Break(
-        "looks that take long are made seldom",
+        "looks that take long are made less often",
         LateBytes._look,
-        "max(self.LOOK_EVERY_S, self.PAUSE_PER_LOOK * (now - began))",
+        "max(self.LOOK_EVERY_S, self.PAUSE_PER_CPU_S * took_s)",
         "self.LOOK_EVERY_S",
         LATE_BYTES_TESTS,
     ),
+    Break("but once a second", LateBytes._look, "self.LONGEST_PAUSE_S)", "1e9)", LATE_BYTES_TESTS),
     Break(
-        "peers on IPv6 are in a table of their own",
+        "the kernel tells of IPv6 when it is asked for that",
         LateBytes.may_land,
-        '"tcp" if ip.version == 4 else "tcp6"',
-        '"tcp"',
+        "socket.AF_INET if ip.version == 4 else socket.AF_INET6",
+        "socket.AF_INET",
         LATE_BYTES_TESTS,
     ),
     Break(
@@ -1214,8 +1225,8 @@ BREAKS = [
     ),
     Break(
         "bytes that the kernel sends again, real engines",
-        LateBytes._ports_in,
-        "int(waiting, 16) >= self._LEAST_BYTES",
+        LateBytes._ports,
+        "to_send >= self._LEAST_BYTES",
         "False",
         f"{FAULTS}/test_late_bytes.py",
     ),

@@ -534,6 +534,67 @@ def test_a_peer_that_worked_though_its_reads_had_waited_stays_out_while_the_kern
     assert prober.request(D), "let in though bytes of the failed transfer would land on those of the next request"
 
 
+def test_reads_that_wait_after_the_bytes_have_landed_make_it_settle_for_half_of_interval_all_the_same() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(16)
+    prober.becomes(D, Peer(read_takes=0.2))
+    prober.run(10)
+    assert prober.request(D), "let in though bytes on other connections may land"
+    prober.run(8)
+    assert prober.let_in(D)
+
+
+def test_a_peer_that_falls_silent_now_and_then_is_let_in_all_the_same_though_the_kernel_sends_bytes_again() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    for _ in range(12):
+        prober.run(9)
+        prober.becomes(D, REFUSING)
+        prober.run(1)
+        prober.becomes(D, BYTES_MAY_LAND)
+    assert prober.let_in(D), "its time begins anew with each silence"
+
+
+def test_a_peer_that_works_though_the_kernel_sends_bytes_again_is_not_kept_out_for_them_a_second_time() -> None:
+    """They are another peer's, on the same host."""
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(33)
+    for _ in range(3):
+        use_until(prober, prober.clock.now + 12)
+        prober.fail(D)
+        took_s = wait_until_let_in(prober)
+        assert took_s < 2.0, "a healthy peer is in use less than with a loop of 30 s"
+    assert prober.watch.rules.verifying
+    prober.becomes(D, Peer(memory=Verdict.READABLE))
+    use_until(prober, prober.clock.now + 12)
+    prober.fail(D)
+    prober.run(2)
+    use_until(prober, prober.clock.now + 12)
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(20)
+    assert prober.request(D), "the sign is trusted again once it was gone"
+
+
+def test_that_bytes_may_land_says_nothing_about_reads() -> None:
+    """Let in meanwhile and in use, a peer whose data port is closed next is kept out as any other."""
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(33)
+    use_until(prober, 45)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(25)
+    assert prober.request(D), "let in to a closed data port"
+
+
+def test_without_settle_nobody_waits_for_bytes() -> None:
+    prober = VirtualProber(settle_s=0.0)
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(1)
+    assert prober.let_in(D)
+
+
 def test_without_settle_a_read_that_waited_is_enough() -> None:
     prober = VirtualProber(settle_s=0.0)
     prober.fail(D, peer=Peer(read_takes=3.0))

@@ -57,7 +57,6 @@ SESSIONS = [f"decode:{port}" for port in range(1, 8)]
 MALFORMED = "no session id"
 NO_PAGE = "Mooncake gave -1 when it was to register a page to read into"
 BEGIN_HANGS = Peer(begin_takes=50.0)
-LATE = (Verdict.READABLE_LATE, Verdict.READABLE_TOO_SOON)
 TOO_SOON = "bytes of a failed transfer may still land"
 WAITS = Peer(read_takes=0.2)  # for a connection to be free, whenever it is read
 PEERS = [
@@ -111,6 +110,9 @@ class Known:
     uses: int = 0
     was_doubtful: bool = False  # let in unverified, or though its reads had waited to the last
     reads_mislead: bool = False  # it worked though it was let in unverified
+    waited_for_bytes: int = 0  # since its failure: that often, for SETTLE
+    was_too_soon: bool = False  # let in though bytes of a failed transfer could land
+    bytes_mislead: bool = False  # it worked though it was let in too soon
     may_be_over: bool = False
     to_be_read_again: bool = False  # let in unverified: it is read once or twice more before it is forgotten
 
@@ -128,6 +130,7 @@ class Known:
     def fails_again(self) -> None:
         """A transfer failed on probation: how its hold follows from what it has done since it was let in."""
         self.reads_mislead = self.uses > 1 and self.was_doubtful
+        self.bytes_mislead = self.uses > 1 and self.was_too_soon
         self.relapses += 1
         if self.uses < 2:
             self.failed_first_uses += 1
@@ -172,6 +175,7 @@ class Onlooker:
         known.failed_at = known.asked_for_at = known.heard_of_at = entry.at
         known.answered_since = known.late_since = known.reads_since = known.proof = None
         known.fresh = set()
+        known.waited_for_bytes = 0
         known.no_read_before = known.read_by = 0.0
 
     def _note_registered(self, entry: Entry, known: Optional[Known]) -> None:
@@ -269,20 +273,23 @@ class Onlooker:
             known.unreadable = True
             known.no_read_before = entry.at + LEAST_PAUSE_S
             known.read_by = entry.at + (max(PAUSE_S, INTERVAL_S) if known.was_gone else PAUSE_S)
-        elif verdict in LATE and self._settles_again(known, entry.at, verdict):
+        elif verdict is Verdict.READABLE_TOO_SOON and self._waits_for_bytes(known):
+            known.waited_for_bytes += 1
+            known.answered_since = entry.at
+        elif verdict is Verdict.READABLE_LATE and self._settles_again(known, entry.at):
             known.answered_since = entry.at
         else:
-            if verdict not in LATE:
+            if verdict not in (Verdict.READABLE_LATE, Verdict.READABLE_TOO_SOON):
                 known.late_since = None
             known.proof = entry.at, verdict
 
-    def _settles_again(self, known: Known, now: float, verdict: Verdict) -> bool:
+    def _waits_for_bytes(self, known: Known) -> bool:
+        return self.settle_s > 0 and not known.bytes_mislead and known.waited_for_bytes * self.settle_s < 30.0
+
+    def _settles_again(self, known: Known, now: float) -> bool:
         if known.late_since is None:
             known.late_since = now
-        longest_s = 0.0 if known.reads_mislead else INTERVAL_S / 2
-        if verdict is Verdict.READABLE_TOO_SOON:
-            longest_s = max(30.0, INTERVAL_S)
-        return self.settle_s > 0 and now < known.late_since + longest_s
+        return self.settle_s > 0 and not known.reads_mislead and now < known.late_since + INTERVAL_S / 2
 
     # Events.
 
@@ -293,6 +300,7 @@ class Onlooker:
             assert relapses in (0, 1)
             known.relapses, known.hold_s = relapses, float(relapses)
             known.failed_first_uses = relapses if known.uses < 2 else 0
+            known.bytes_mislead = known.uses > 1 and known.was_too_soon
             known.reads_mislead = known.uses > 1 and known.was_doubtful  # or it begins anew, and is let in later
         elif not known.is_new:
             known.fails_again()
@@ -332,9 +340,10 @@ class Onlooker:
             assert known.unreadable or self._hangs_since(session, known) <= entry.at - READ_HANGS_S + 0.001
         known.blacklisted, known.used_at, known.let_in_at = False, None, entry.at
         known.uses, known.asked_for_at = 0, entry.at
-        known.was_doubtful = reason is not None or known.late_since is not None
+        known.was_too_soon = reason == TOO_SOON
+        known.was_doubtful = reason not in (None, TOO_SOON) or known.late_since is not None
         known.may_be_over = False
-        known.to_be_read_again = reason is not None and self.verifying
+        known.to_be_read_again = reason not in (None, TOO_SOON) and self.verifying
         known.fresh, known.reads_since, known.proof = set(), None, None
         self.recovered += 1
 

@@ -89,11 +89,12 @@ class _FailedSessionProber:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._can_probe = _session_probe.can_probe(manager.engine)
         self._log = _session_log.FailedSessionLog(self._can_probe)
+        kernel = _late_bytes.LateBytes(lambda: _other_ports(manager))
         self._reader = _session_probe.MemoryReader(
             manager.engine,
             lambda session: _registration(manager, session),
             self._log.page_refused,
-            late_bytes_may_land=_late_bytes.LateBytes(lambda: _message_ports(manager)).may_land,
+            late_bytes_may_land=lambda session: settings.settle_s > 0 and kernel.may_land(session),
         )
         self._pending = _session_probe.PendingReads()
         self._thread: Optional[threading.Thread] = None
@@ -359,10 +360,12 @@ def _registration(manager: Any, session: Any) -> Any:
     return getattr(manager, "decode_kv_args_table", {}).get(session)
 
 
-def _message_ports(manager: Any) -> set[Any]:
-    """The ports of decode nodes to which SGLang sends messages."""
-    registrations = list(getattr(manager, "decode_kv_args_table", {}).values())
-    return {getattr(registration, "dst_port", None) for registration in registrations}
+def _other_ports(manager: Any) -> set[Any]:
+    """The ports of decode nodes to which no blocks go: for SGLang's messages, and for handshakes."""
+    registrations = dict(getattr(manager, "decode_kv_args_table", {}))
+    message_ports = {getattr(registration, "dst_port", None) for registration in registrations.values()}
+    sessions = filter(_session_watch.is_session_id, registrations)
+    return message_ports | {int(session.rpartition(":")[2]) for session in sessions}
 
 
 def _rank(manager: Any) -> str:

@@ -4,55 +4,65 @@ Over TCP it sends what was not acknowledged again after 0.2, 0.4, 0.8, ... s, th
 Mooncake has closed the connection (after 30 s) and uses a new one. So after the heal they land up to as long as the
 fault has lasted, on memory that the next request may have by then. Where the kernel does not tell (gVisor), nothing is
 seen.
+
+The scheduler is busy in Python, so whoever gives up the interpreter may wait 5 ms to go on. So the kernel is asked for
+all connections at once through netlink, as ``ss`` does (/proc/net/tcp would take a call for each 27 of them).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
-import os
 import re
-import sys
+import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
-# A connection that has sent bytes again since any were acknowledged (timer 1, and how often): remote address and port,
-# bytes to send, inode. An inode of 0 means that it was closed.
-_SENT_AGAIN = re.compile(
-    rb" ((?:[0-9A-F]{8}){1,4}):([0-9A-F]{4}) [0-9A-F]{2} ([0-9A-F]{8}):[0-9A-F]{8}"
-    rb" 01:[0-9A-F]{8} (?!0{8})[0-9A-F]{8} +\d+ +\d+ (\d+) "
-)
+_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP = 4, 20, 0x301
+# In which a connection may have bytes to send: ESTABLISHED, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING.
+_STATES = 1 << 1 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 11
+# The kernel's nlmsghdr, and its inet_diag_msg (after family and state): timer, how often bytes were sent again, remote
+# port; remote address; bytes to send; inode.
+_HEADER = struct.Struct("=IHHII")
+_TIMER, _ADDRESS, _TO_SEND, _INODE = 18, 40, 76, 84
+_SENDS_AGAIN = 1
+_KERNEL_REPLIES_WITHIN_S = 1.0
 
 
 class LateBytes:
-    """Looks in the kernel's tables of connections. Any thread, no lock held.
+    """Looks at the kernel's connections. Any thread, no lock held.
 
-    ``other_ports()`` are ports of peers to which something else than Mooncake sends.
+    ``other_ports()`` are ports of peers to which something else than Mooncake's blocks is sent; ``connections(family)``
+    gives the kernel's messages.
     """
 
-    # What has waited for the kernel to send it again has done so for seconds. A look takes 5 to 40 ms, nearly all of it
-    # in the kernel, so with these pauses 2 % of a core at most, however many peers are read.
-    LOOK_EVERY_S, PAUSE_PER_LOOK = 0.25, 50
+    # What has waited for the kernel to send it again has done so for seconds. A look takes 5 to 20 ms of CPU, in the
+    # kernel; with these pauses that is 2 % of a core, however many peers are read.
+    LOOK_EVERY_S, PAUSE_PER_CPU_S, LONGEST_PAUSE_S = 0.25, 50, 1.0
     # Mooncake asks to read with 24 bytes, and sends a block with 24 more than it has.
     _LEAST_BYTES = 65
 
     def __init__(
         self,
         other_ports: Callable[[], Collection[int]] = tuple,
-        tables: str = "/proc/self/net",
+        connections: Callable[[int], Iterator[bytes]] = lambda family: _connections(family),
         clock: Callable[[], float] = time.monotonic,
+        cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._other_ports = other_ports
-        self._tables = tables
+        self._connections = connections
         self._clock = clock
+        self._cpu_clock = cpu_clock
         self._lock = threading.Lock()
-        self._seen: dict[str, _Seen] = {}  # by name of the table
+        self._seen: dict[int, _Seen] = {}  # by family
 
     def may_land(self, session: str) -> bool:
         """True if the kernel sends bytes to the peer's host again that this process has given it, or on a connection
-        that was closed, whoever that was. Blocks for a look.
+        that was closed, whoever that was. Blocks for a look; raises nothing.
 
         Where the host is a name it is not looked up, and nothing is seen.
         """
@@ -60,54 +70,71 @@ class LateBytes:
             ip = ipaddress.ip_address(session.rpartition(":")[0].strip("[]").partition("%")[0])
         except ValueError:
             return False
-        ports = self._look("tcp" if ip.version == 4 else "tcp6").get(_in_table(ip.packed))
+        ports = self._look(socket.AF_INET if ip.version == 4 else socket.AF_INET6).get(ip.packed)
         return ports is not None and not ports <= set(self._other_ports())
 
-    def _look(self, table: str) -> dict[str, set[int]]:
-        """To which addresses, as the kernel writes them, and ports bytes are sent again; a moment ago, or now."""
+    def _look(self, family: int) -> dict[bytes, set[int]]:
+        """To which addresses and ports bytes are sent again; a moment ago, or now."""
         with self._lock:
-            seen = self._seen.get(table)
-            began = self._clock()
-            if seen is None or began >= seen.until:
-                ports = self._ports_in(table)
-                now = self._clock()
-                seen = self._seen[table] = _Seen(
-                    ports, now + max(self.LOOK_EVERY_S, self.PAUSE_PER_LOOK * (now - began))
-                )
+            seen = self._seen.get(family)
+            if seen is None or self._clock() >= seen.until:
+                began = self._cpu_clock()
+                ports = self._ports(family)
+                took_s = self._cpu_clock() - began
+                pause_s = min(max(self.LOOK_EVERY_S, self.PAUSE_PER_CPU_S * took_s), self.LONGEST_PAUSE_S)
+                seen = self._seen[family] = _Seen(ports, self._clock() + pause_s)
             return seen.ports
 
-    def _ports_in(self, table: str) -> dict[str, set[int]]:
+    def _ports(self, family: int) -> dict[bytes, set[int]]:
+        length = 4 if family == socket.AF_INET else 16
         found = []
-        with contextlib.suppress(OSError), open(f"{self._tables}/{table}", "rb") as lines:
-            # Nearly all lines have no timer that sends again.
-            matches = (_SENT_AGAIN.search(line) for line in lines if b" 01:" in line)
-            found = [match.groups() for match in matches if match]
-        ports: dict[str, set[int]] = {}
-        own = _own_sockets() if found else set()
-        for address, port, waiting, inode in found:
-            if int(waiting, 16) >= self._LEAST_BYTES and int(inode) in own:
-                ports.setdefault(address.decode(), set()).add(int(port, 16))
+        with contextlib.suppress(OSError):  # no netlink, or no descriptor left
+            for message in self._connections(family):
+                timer, again, port = struct.unpack_from("!BB2xH", message, _TIMER)
+                if timer == _SENDS_AGAIN and again:
+                    to_send, _, inode = struct.unpack_from("=III", message, _TO_SEND)
+                    if to_send >= self._LEAST_BYTES:
+                        found.append((message[_ADDRESS : _ADDRESS + length], port, inode))
+        own = _own_sockets() if any(inode for _, _, inode in found) else set()
+        ports: dict[bytes, set[int]] = {}
+        for address, port, inode in found:
+            if inode == 0 or inode in own:  # 0: it was closed
+                ports.setdefault(address, set()).add(port)
         return ports
 
 
 class _Seen(NamedTuple):
-    ports: dict[str, set[int]]
+    ports: dict[bytes, set[int]]
     until: float  # then it is time to look again
 
 
+def _connections(family: int) -> Iterator[bytes]:
+    """The kernel's message about each TCP connection of this network namespace. Raises OSError."""
+    request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, _STATES)
+    header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 0, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
+        kernel.settimeout(_KERNEL_REPLIES_WITHIN_S)
+        kernel.sendto(header + request, (0, 0))
+        while True:
+            reply, at = kernel.recv(1 << 16), 0
+            while at < len(reply):
+                length, kind, *_ = _HEADER.unpack_from(reply, at)
+                if kind != _SOCK_DIAG_BY_FAMILY:  # the end, or an error
+                    return
+                yield reply[at : at + length]
+                at += (length + 3) & ~3
+
+
 def _own_sockets() -> set[int]:
-    """The inodes of this process's sockets, and 0 for those that are closed."""
-    own = {0}
-    with contextlib.suppress(OSError):  # no descriptor left
-        for descriptor in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                target = os.readlink(f"/proc/self/fd/{descriptor}")
-                if target.startswith("socket:["):
-                    own.add(int(target[len("socket:[") : -1]))
+    """The inodes of this process's sockets. Gives up the interpreter once, not for each descriptor as ``os`` does."""
+    own = set()
+    with contextlib.suppress(OSError):
+        readlink = ctypes.PyDLL(None).readlink
+        with open("/proc/self/status") as status:
+            found = re.search(r"^FDSize:\s*(\d+)", status.read(), re.MULTILINE)
+        target = ctypes.create_string_buffer(64)
+        for descriptor in range(int(found[1]) if found else 0):
+            length = readlink(b"/proc/self/fd/%d" % descriptor, target, 64)
+            if target.raw[: max(0, length)].startswith(b"socket:["):
+                own.add(int(target.raw[len("socket:[") : length - 1]))
     return own
-
-
-def _in_table(packed: bytes) -> str:
-    """An address as the kernel writes it: words of four bytes, in the byte order of the machine."""
-    words = (packed[at : at + 4] for at in range(0, len(packed), 4))
-    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)

@@ -121,6 +121,7 @@ class Session:
         "answered_since",  # first of the unbroken answers in this generation, or None
         "blacklisted",  # False: on probation
         "blacklisted_at",
+        "bytes_mislead",  # it worked, though it was let in while bytes could land
         "due_at",  # for the schedule: a heap entry of this session with another time is outdated
         "failed_at",
         "failed_first_uses",  # how often in a row its first use has failed
@@ -129,6 +130,7 @@ class Session:
         "has_turn",  # a session of its machine could be read just now, so it does not wait for its turn
         "hold_s",  # how long it is held in this outage or, on probation, was in the last one
         "id",
+        "is_too_soon",  # it is let in while bytes of a failed transfer may still land
         "last_used_at",  # on probation
         "late_since",  # when reads first had to wait, since it answers; or None
         "listen_at",  # from then on a probe may look whether the peer cuts probes short
@@ -151,6 +153,7 @@ class Session:
         "unreadable",  # why its memory could not be read in this outage, or None
         "used_at",  # on probation: when a request first used it
         "uses",
+        "waits_for_bytes",  # how often it has settled since its failure, because bytes could land
         "was_gone",  # a probe in this outage was refused: there may be a new process now
     )
 
@@ -158,7 +161,7 @@ class Session:
         self.id: Any = session
         self.rules = rules
         self.relapses = self.failed_first_uses = 0
-        self.reads_mislead = False
+        self.reads_mislead = self.bytes_mislead = self.is_too_soon = False
         self.has_end_check = self.has_turn = False
         self.probed_at = self.due_at = self.read_at = self.listen_at = self.patient_at = 0.0
         self.read_next = False
@@ -177,6 +180,7 @@ class Session:
         self.answered_since: Optional[float] = None
         self.late_since: Optional[float] = None
         self.reads_since: Optional[float] = None
+        self.waits_for_bytes = 0
         self.probe_said = self.reads_said = ""
         return ProbeAt(now)
 
@@ -254,9 +258,11 @@ class Session:
             self.read_again_at = self.turn_at
             self.has_turn = False
             return self._read_again(now)
-        if self._settles_again(now, verdict):
+        too_soon = verdict is Verdict.READABLE_TOO_SOON
+        if self._waits_for_bytes() if too_soon else self._settles_again(now, verdict):
             self.answered_since = now
             return self._next(now)
+        self.is_too_soon = too_soon
         return LetIn(unverified=why or None)
 
     def waits_for_turn(self, now: float) -> bool:
@@ -311,29 +317,36 @@ class Session:
         hangs_at = max(self._opens_at(), self.reads_since + READ_HANGS_S)
         return ProbeAt(min(hangs_at, now + self.rules.interval_s))
 
-    def _settles_again(self, now: float, verdict: Verdict) -> bool:
-        """True if it must settle once more, because bytes of a failed transfer may still land.
+    def _waits_for_bytes(self) -> bool:
+        """True if it must settle once more, because the kernel sends bytes to its host again: they would land on the
+        memory of the next request.
 
-        They do if the kernel sends them again, up to as long after the heal as the fault lasted. This goes on for as
-        long as a loop would take to let it in.
-
-        They may if reads had to wait for a free connection: those on the others land up to 0.5 s after the first one is
-        free, on a slow link up to 12 s. So this goes on for half of INTERVAL at most, happens once if the reads only
-        may have waited, and not at all if they always wait: the last time it worked, though they had.
+        They do up to as long after the heal as the fault lasted. This goes on for as long as a loop would take to let
+        it in at most, and not at all if that misleads: the last time it worked, though it was let in meanwhile.
         """
-        are_seen = verdict is Verdict.READABLE_TOO_SOON
+        settle_s = self.rules.settings.settle_s
+        if settle_s == 0 or self.bytes_mislead or self.waits_for_bytes * settle_s >= self.rules.loop_s:
+            return False
+        self.waits_for_bytes += 1
+        return True
+
+    def _settles_again(self, now: float, verdict: Verdict) -> bool:
+        """True if it must settle once more, because its reads had to wait for a free connection.
+
+        Bytes of a failed transfer on the other connections land up to 0.5 s after the first one is free, on a slow link
+        up to 12 s. So this goes on for half of INTERVAL at most, happens once if the reads only may have waited, and
+        not at all if they always wait: the last time it worked, though they had.
+        """
         may_be_late = verdict is Verdict.READABLE_UNSEEN and self.late_since is None
         # Over RDMA Mooncake gives a transfer up after nine attempts to connect again, 9.6 to 10.6 s. After a shorter
         # outage bytes landed up to 2.2 s after the heal, after longer ones none. Over TCP a transfer is not given up.
         can_land = not self.rules.over_rdma or now < self.failed_at + 12.0
-        if not can_land or not (are_seen or verdict is Verdict.READABLE_LATE or may_be_late):
+        if not can_land or not (verdict is Verdict.READABLE_LATE or may_be_late):
             self.late_since = None
             return False
         if self.late_since is None:
             self.late_since = now
         longest_s = 0.0 if self.reads_mislead else self.rules.interval_s / 2.0
-        if are_seen:
-            longest_s = self.rules.loop_s
         return self.rules.settings.settle_s > 0 and now < self.late_since + longest_s
 
     def _pause_s(self, now: float) -> float:
@@ -389,7 +402,7 @@ class Session:
         self.reads_since = None
         self.still_unreadable = False
         self.uses = 0
-        self.unreadable = unverified
+        self.unreadable = None if self.is_too_soon else unverified
 
     def requested(self, now: float) -> Decision:
         """A request looked it up: it is refused or, on probation, uses the session."""
@@ -458,6 +471,7 @@ class Session:
         first_s, settings = 1.0, self.rules.settings
         worked = self.uses > 1
         self.reads_mislead = worked and (self.unreadable is not None or self.late_since is not None)
+        self.bytes_mislead = worked and self.is_too_soon
         if worked and self.last_used_at - self.used_at >= first_s:
             self.relapses = self.failed_first_uses = 0
             return 0.0
@@ -480,6 +494,7 @@ class Session:
         self.refused = 0
         self.read_again_at = self.turn_at = 0.0
         self.unreadable = None
+        self.is_too_soon = False
         self.was_gone: bool = False
 
 
