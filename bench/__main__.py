@@ -51,7 +51,7 @@ def rows_of(case: str, quick: bool) -> Iterable[tables.Row]:
     if case == "lag":
         from bench import lag
 
-        return lag.rows(lag.QUICK_CELLS, lanes=3, trials=1) if quick else lag.rows()
+        return lag.rows(lag.QUICK_CELLS, clusters=3, trials=1) if quick else lag.rows()
     if case == "lost":
         from bench import lost
 

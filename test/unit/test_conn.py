@@ -243,17 +243,38 @@ def test_a_peer_is_let_in_when_the_kernel_sends_it_no_bytes_again_but_messages_a
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other_ports: list[Any] = []
+    probes_before: list[int] = []
+    engine = Engine()
 
     def may_land(kernel: Any, session: str) -> bool:
         other_ports.append(kernel._other_ports())
+        probes_before.append(len(engine.asked))
         return len(other_ports) < 3
 
     monkeypatch.setattr(late_bytes.LateBytes, "may_land", may_land)
-    manager = make_manager(Engine())
+    manager = make_manager(engine)
     manager.register_decode(D, types.SimpleNamespace(dst_kv_ptrs=[8192], dst_port=8998))
     blacklist(manager, D)
     assert wait_until(lambda: not blacklisted(manager))
     assert other_ports == [{8998, 7001}] * 3, "let in though bytes of the failed transfer would land"
+    assert probes_before == [1, 2, 3], "the time that a look takes makes reads seem to wait"
+
+
+@pytest.mark.parametrize("kind", ["over RDMA", "without SETTLE"])
+def test_the_kernel_is_not_asked_where_that_is_of_no_use(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(late_bytes.LateBytes, "may_land", lambda kernel, session: bool(asked.append(session)))
+    if kind == "over RDMA":
+        monkeypatch.setattr(session_probe, "is_over_rdma", lambda: True)
+    else:
+        monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")
+    manager = make_manager(Engine())
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager))
+    assert asked == []
 
 
 def test_the_start_is_told_in_one_line_with_versions_and_settings(

@@ -207,24 +207,13 @@ def test_a_peer_is_readable_after_four_reads_into_memory_that_is_registered_once
 def test_reads_that_work_while_the_kernel_sends_bytes_again_come_too_soon(
     reads_are: list[str], read: int, verdict: Verdict, why: str
 ) -> None:
-    asked: list[str] = []
-
-    def may_land(session: str) -> bool:
-        asked.append(session)
-        return len(asked) == 1
-
     engine = Engine(reads_are=reads_are, read=read)
-    peer = reader(engine, late_bytes_may_land=may_land)
-    reads = peer.begin(D)
+    peer = reader(engine)
+    reads = peer.begin(D, too_soon=True)
     assert found(reads) == (verdict, why)
     assert found(reads) == (verdict, why), "each look says the same"
     engine.read = 0
     assert found(peer.begin(D)) == (Verdict.READABLE, "")
-    assert asked == [D, D]
-    peer.reads_at_a_time = 1
-    asked.clear()
-    peer.begin(D)
-    assert not asked, "over RDMA the kernel sends nothing"
 
 
 def test_an_engine_that_can_do_both_is_never_read_while_a_thread_waits() -> None:

@@ -89,12 +89,9 @@ class _FailedSessionProber:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._can_probe = _session_probe.can_probe(manager.engine)
         self._log = _session_log.FailedSessionLog(self._can_probe)
-        kernel = _late_bytes.LateBytes(lambda: _other_ports(manager))
+        self._late_bytes = _late_bytes.LateBytes(lambda: _other_ports(manager))
         self._reader = _session_probe.MemoryReader(
-            manager.engine,
-            lambda session: _registration(manager, session),
-            self._log.page_refused,
-            late_bytes_may_land=lambda session: settings.settle_s > 0 and kernel.may_land(session),
+            manager.engine, lambda session: _registration(manager, session), self._log.page_refused
         )
         self._pending = _session_probe.PendingReads()
         self._thread: Optional[threading.Thread] = None
@@ -221,13 +218,19 @@ class _FailedSessionProber:
         """Probes the peer and, if the call says so, begins to read its memory. Runs on a worker thread; may raise
         anything.
         """
+        too_soon = call.read and self._bytes_may_land(call.session)  # before the probe: reads follow an answer at once
         began = time.monotonic()
         probe = _session_probe.probe_and_listen if call.listen and self._can_probe else _session_probe.probe
         rc = probe(self._engine, call.session)
         took_s = time.monotonic() - began
         call.answered = rc == 0
-        reads = self._reader.begin(call.session) if call.read and call.answered else None
+        reads = self._reader.begin(call.session, too_soon) if call.read and call.answered else None
         return _probe_workers.Answer(call, rc, took_s, reads)
+
+    def _bytes_may_land(self, session: str) -> bool:
+        """Over TCP: may bytes of a failed transfer still land? Runs on a worker thread."""
+        settles = self._settings.settle_s > 0 and not self.watch.rules.over_rdma
+        return settles and self._late_bytes.may_land(session)
 
     def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:
         """Waits for answers, ``wait_s`` at most, and tells the watch of them and of reads that ended. Returns how many

@@ -30,7 +30,7 @@ _STATES = 1 << 1 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 11
 _HEADER = struct.Struct("=IHHII")
 _TIMER, _ADDRESS, _TO_SEND, _INODE = 18, 40, 76, 84
 _SENDS_AGAIN = 1
-_KERNEL_REPLIES_WITHIN_S = 1.0
+_KERNEL_REPLIES_WITHIN_S = 1
 
 
 class LateBytes:
@@ -113,7 +113,7 @@ def _connections(family: int) -> Iterator[bytes]:
     request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 0, _STATES)
     header = _HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 0, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as kernel:
-        kernel.settimeout(_KERNEL_REPLIES_WITHIN_S)
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _KERNEL_REPLIES_WITHIN_S, 0))
         kernel.sendto(header + request, (0, 0))
         while True:
             reply, at = kernel.recv(1 << 16), 0

@@ -219,8 +219,7 @@ class MemoryReader:
     """Reads a few bytes of a peer's registered memory into a scratch page of this process, which nobody looks at.
 
     ``registration(session)`` gives what the peer has registered, an entry of ``decode_kv_args_table`` or None;
-    ``page_refused(why)`` is called once if Mooncake does not take the page. ``late_bytes_may_land(session)`` is asked
-    over TCP, before reads are begun. Any thread may use it.
+    ``page_refused(why)`` is called once if Mooncake does not take the page. Any thread may use it.
     """
 
     _REGISTER_AGAIN_S = 10.0
@@ -236,12 +235,10 @@ class MemoryReader:
         registration: Callable[[str], Any],
         page_refused: Callable[[str], object] = lambda why: None,
         clock: Callable[[], float] = time.monotonic,
-        late_bytes_may_land: Callable[[str], bool] = lambda session: False,
     ) -> None:
         self._engine = engine
         self._registration = registration
         self._page_refused = page_refused
-        self._late_bytes_may_land = late_bytes_may_land
         self._clock = clock
         self._lock = threading.Lock()
         self._page: Optional[_Page] = None
@@ -252,9 +249,9 @@ class MemoryReader:
         # s beside four of them, with two devices a node, and the usual 25 ms beside one.
         self.reads_at_a_time = READS_AT_A_TIME
 
-    def begin(self, session: str) -> Reads:
+    def begin(self, session: str, too_soon: bool = False) -> Reads:
         """Begins small reads of a peer that has just answered a probe: a read of one that is stopped could hold up
-        transfers to live ones for a minute.
+        transfers to live ones for a minute. With ``too_soon`` they let nobody in.
 
         An engine that can only read synchronously has read when this returns. Blocks as long as that takes, or while
         Mooncake (before 0.3.13) connects; hold no lock.
@@ -272,11 +269,11 @@ class MemoryReader:
         scratch = self._scratch_for(reads)
         if scratch is None:
             return Reads.decided(Verdict.CANNOT_TELL, self._refused_why)
-        reads.too_soon = self.reads_at_a_time > 1 and self._late_bytes_may_land(session)
+        reads.too_soon = too_soon
         if not can_begin:
             done = _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
             reads.begun, reads.unsure = True, done.look() is Verdict.UNREADABLE
-            done.too_soon = reads.too_soon
+            done.too_soon = too_soon
             return done
         begin = functools.partial(begin_read, session, [scratch], [address], [READ_BYTES])
         goes_on = all(self._begin_one(reads, begin) for _ in range(self.reads_at_a_time))
