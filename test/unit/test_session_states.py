@@ -567,7 +567,7 @@ def test_a_peer_that_works_though_the_kernel_sends_bytes_again_is_not_kept_out_f
         took_s = wait_until_let_in(prober)
         assert took_s < 2.0, "a healthy peer is in use less than with a loop of 30 s"
     assert prober.watch.rules.verifying
-    prober.becomes(D, Peer(memory=Verdict.READABLE))
+    prober.becomes(D, HEALTHY)
     use_until(prober, prober.clock.now + 12)
     prober.fail(D)
     prober.run(2)

@@ -25,10 +25,10 @@ from typing import NamedTuple
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP = 4, 20, 0x301
 # In which a connection may have bytes to send: ESTABLISHED, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING.
 _STATES = 1 << 1 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 11
-# The kernel's nlmsghdr, and its inet_diag_msg (after family and state): timer, how often bytes were sent again, remote
-# port; remote address; bytes to send; inode.
+# A message of the kernel's: its header (nlmsghdr), and from where on it has (inet_diag_msg) the timer, how often bytes
+# were sent again and both ports; the remote address; how many bytes there are to send, a user and the inode.
 _HEADER = struct.Struct("=IHHII")
-_TIMER, _ADDRESS, _TO_SEND, _INODE = 18, 40, 76, 84
+_TIMER, _ADDRESS, _TO_SEND = 18, 40, 76
 _SENDS_AGAIN = 1
 _KERNEL_REPLIES_WITHIN_S = 1
 
