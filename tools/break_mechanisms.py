@@ -353,6 +353,7 @@ BREAKS = [
         "None if self.is_too_soon else unverified",
         "unverified",
     ),
+    Break("an outage begins without the last one's bytes", Session._begin_outage, "self.is_too_soon = False", "pass"),
     Break("the transport is found out", Prober.run, "if _session_probe.is_over_rdma():", "if False:", CONN_TESTS),
     Break(
         "pause after a failed read",
@@ -571,6 +572,7 @@ BREAKS = [
     Break(
         "a request to read does not count", LateBytes._ports, "to_send >= self._LEAST_BYTES", "True", LATE_BYTES_TESTS
     ),
+    Break("a closed window does not count", LateBytes._ports, "timer == _SENDS_AGAIN and", "", LATE_BYTES_TESTS),
     Break("what is sent once does not count", LateBytes._ports, " and again:", ":", LATE_BYTES_TESTS),
     Break("messages do not count", LateBytes.may_land, "set(self._other_ports())", "set()", LATE_BYTES_TESTS),
     Break(

@@ -103,7 +103,7 @@ def test_bytes_that_the_kernel_sends_again_are_seen_by_their_peers_address(
     "shown",
     [
         {"again": 0},  # sent, and not yet acknowledged
-        {"timer": 4, "again": 0},  # the peer is stopped, and takes none
+        {"timer": 4},  # a peer of that host is stopped and takes none: the kernel asks whether it takes more
         {"waiting": 0},
         {"waiting": 24},  # Mooncake's request to read
         {"waiting": 25},  # the same on a connection that was closed

@@ -588,6 +588,17 @@ def test_that_bytes_may_land_says_nothing_about_reads() -> None:
     assert prober.request(D), "let in to a closed data port"
 
 
+def test_that_bytes_could_land_in_one_outage_says_nothing_about_the_next_one() -> None:
+    """One that was let in unverified in that is read at the end of its probations, as any other."""
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(33)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    wait_until_let_in(prober)
+    use_until(prober, prober.clock.now + 125)
+    assert not prober.watch.rules.verifying, "verification costs each peer of this transport its time for good"
+
+
 def test_without_settle_nobody_waits_for_bytes() -> None:
     prober = VirtualProber(settle_s=0.0)
     prober.fail(D, peer=BYTES_MAY_LAND)
