@@ -168,7 +168,9 @@ BREAKS = [
         "",
     ),
     Break("only who refuses may cut probes short", Session.not_answered, "if not refused:", "if False:"),
-    Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
+    Break(
+        "nobody is probed sooner than all can be", Session._gap_s, "self.probed_at + self.rules.round_s - now", "0.0"
+    ),
     Break("a held session is probed seldom", Session._probed_in_hold_at, "return min(", "return 0.0 * min("),
     Break(
         "settle",
@@ -441,12 +443,16 @@ BREAKS = [
     Break("a probe that hangs is no read that hangs", SessionWatch._look_at_call, "not call.answered or", ""),
     Break("350 calls a second at most", Allowance.spend, "self._left -= 1.0", "pass"),
     Break(
-        "the allowance covers a round", Allowance.renew, "max(self.AT_ONCE, longest_round_s * per_s)", "self.AT_ONCE"
+        "the allowance covers a batch",
+        Allowance.renew,
+        "max(self.AT_ONCE, 2.0 * self.batch_s() * self._per_s)",
+        "self.AT_ONCE",
     ),
+    Break("a long blacklist is probed in long batches", Allowance.batch_s, ", 0.3)", ", 0.0)"),
     Break(
         "more calls for INTERVAL",
-        Allowance._per_s,
-        "max(self.PER_S, 1.1 * blacklisted / self._interval_s)",
+        Allowance.renew,
+        "max(self.PER_S, 1.05 * blacklisted / self._interval_s)",
         "self.PER_S",
     ),
     Break(
@@ -795,7 +801,7 @@ BREAKS = [
         EXIT_TESTS,
     ),
     Break(
-        "the next round begins at once while more is due",
+        "the next batch begins at once while more is due",
         SessionWatch.next_due_in,
         "        if at <= now:\n            return 0.0\n",
         "",

@@ -43,6 +43,7 @@ from prometheus_client import REGISTRY
 from sglang.srt.disaggregation.mooncake import (
     conn,
     late_bytes,
+    probe_schedule,
     rdma_waits,
     session_probe,
     session_states,
@@ -405,12 +406,11 @@ def test_a_probe_that_hangs_is_not_ended_while_nobody_wants_its_place(make_manag
         manager.teardown()
 
 
-def test_with_more_due_than_one_round_lines_up_the_next_round_begins_at_once(
+def test_with_more_due_than_one_batch_lines_up_the_next_batch_begins_at_once(
     make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_CONCURRENCY", "64")
-    monkeypatch.setattr(session_watch, "LONGEST_ROUND_S", 30.0)
-    monkeypatch.setattr(session_watch, "ROUND_S_PER_SESSION", 30.0)
+    monkeypatch.setattr(probe_schedule.Allowance, "batch_s", lambda allowance: 30.0)
     # The loop wakes for a probe that has not connected, and to write the file of sessions once a second.
     monkeypatch.setattr(session_states.Session, "connects_by", lambda session, now: float("inf"))
     monkeypatch.setattr(failed_session_file.SessionsFile, "write_if_due", lambda file, watch: None)
@@ -423,7 +423,7 @@ def test_with_more_due_than_one_round_lines_up_the_next_round_begins_at_once(
     wake, watch._wake = watch._wake, lambda: None
     blacklist(manager, *some)
     wake()  # once, and no answer wakes the loop either
-    assert wait_until(lambda: len(engine.asked) == len(some) + 1), "what one round leaves waits for a whole round more"
+    assert wait_until(lambda: len(engine.asked) == len(some) + 1), "what one batch leaves waits for a whole batch more"
 
 
 # Stopping.

@@ -251,7 +251,7 @@ def test_a_fault_of_ours_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prober.sessions == {OTHER}
     faults = prober.seen(Event.FAULT)
     assert len(faults) == 1
-    assert "RuntimeError: a fault of our own" in faults[0].detail["error"]
+    assert "RuntimeError: a fault of our own" in faults[0].detail["traceback"]
 
 
 def test_after_a_fault_of_ours_the_daemon_thread_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

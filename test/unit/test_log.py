@@ -69,7 +69,7 @@ def test_each_event_of_a_session_is_one_line(story: Story) -> None:
     story.hear(Event.DROPPED, D, idle_s=600.2, outage_s=650.04, refused=7)
     story.hear(Event.MALFORMED, "nonsense")
     story.hear(Event.VERIFICATION_OFF, D)
-    story.hear(Event.FAULT, D, error="Traceback: a fault of our own")
+    story.hear(Event.FAULT, D, traceback="Traceback: a fault of our own")
     assert story.lines() == [
         (
             "WARNING",
@@ -126,7 +126,7 @@ def test_what_comes_from_outside_can_neither_forge_a_line_nor_reach_a_terminal(t
     story.hear(Event.DROPPED, text, idle_s=600.2, outage_s=650.04, refused=7)
     story.hear(Event.MALFORMED, text)
     story.hear(Event.VERIFICATION_OFF, text)
-    story.hear(Event.FAULT, text, error=f"Traceback:\nValueError: {text}")
+    story.hear(Event.FAULT, text, traceback=f"Traceback:\nValueError: {text}")
     story.log.probe_raised(text, RuntimeError(text))
     story.log.page_refused(str(text))
     lines = story.lines()

@@ -78,7 +78,7 @@ class SessionsFile:
         """Writes what the watch knows, if that is due. Returns the seconds until it is due again, None once the file
         says that nothing is blacklisted. ``session_lock`` is not held, and not needed.
         """
-        least_gap_s, gap_per_write = 1.0, 200.0  # half a percent of a core at most
+        least_gap_s, gap_per_write = 1.0, 500.0  # 0.2 % of a core at most
         blacklisted = len(watch.sessions) > 0
         if not blacklisted and not self._is_out_of_date:
             return None

@@ -121,18 +121,21 @@ class FailedSessionLog:
             self._raising.forget(session)
         if event is Event.BLACKLISTED and (details["relapses"] or not session_watch.is_session_id(session)):
             return  # the line of HELD or MALFORMED says so
-        fields = {
+        self._say(_LINES[event], session, details)
+        if details.get("unverified"):
+            self._say(_LET_IN_UNVERIFIED, session, details)
+
+    def _fields(self, session: Any, details: dict[str, Any]) -> dict[str, Any]:
+        """What the texts may name."""
+        return {
             **details,
             "session": session,
             "quoted_session": printable_repr(session),
             "until": self._until,
             "other_cause": self._other_cause,
             "first_that_answers": mooncake_wheels.FIRST_MOONCAKE_THAT_ANSWERS,
-            "traceback": details.get("error", "").splitlines(),
+            "traceback": details.get("traceback", "").splitlines(),
         }
-        self._say(_LINES[event], fields)
-        if fields.get("unverified"):
-            self._say(_LET_IN_UNVERIFIED, fields)
 
     @functools.cached_property
     def _other_cause(self) -> str:
@@ -147,7 +150,7 @@ class FailedSessionLog:
         """Logs it once for each session, until that is let in again or forgotten."""
         if not self._raising.is_new(session):
             return
-        self._say(_PROBE_RAISED, {"session": session, "error": error})
+        self._say(_PROBE_RAISED, session, {"error": error})
 
     def page_refused(self, why: str) -> None:
         """Logs that no peer's memory can be read for now."""
@@ -184,14 +187,14 @@ class FailedSessionLog:
                 )
                 spell.left_out, spell.summed_up = 0, True
 
-    def _say(self, line: _Line, fields: dict[str, Any]) -> None:
+    def _say(self, line: _Line, session: Any, details: dict[str, Any]) -> None:
         """Logs the line, or leaves it out and counts it."""
         self.sum_up()
         now = self._clock()
         spell = self._spells.setdefault(line, _Spell(now))
         if spell.said < LINES_IN_A_SPELL:
             spell.said += 1
-            logger.log(line.level, line.text, fields)
+            logger.log(line.level, line.text, self._fields(session, details))
         else:
             spell.left_out += 1
             spell.last_left_out = now

@@ -61,6 +61,8 @@ _NEEDED = {"engine": object, "failed_sessions": set, "session_failures": dict}
 _PAUSE_AFTER_FAULT_S = 1.0
 # Longer waits overflow in the interpreter.
 _LONGEST_WAIT_S = 3600.0
+# How often ``run_pass`` looks whether more may be probed.
+_LOOK_AGAIN_S = 0.1
 
 
 class _ProbeShutdown(threading.Event):
@@ -191,7 +193,7 @@ class _FailedSessionProber:
             waits = left > 0 and self.watch.waits_for_allowance() and not self.shutdown.is_set()
             if not out and not waits:
                 break
-            out -= self._hand_over(answers, _session_watch.LONGEST_ROUND_S)
+            out -= self._hand_over(answers, _LOOK_AGAIN_S)
         reads_until = time.monotonic() + _session_states.READ_HANGS_S
         while (look_s := self._pending.next_look_in()) is not None and time.monotonic() < reads_until:
             self._hand_over(answers, look_s)

@@ -172,15 +172,25 @@ class Allowance:
 
     def __init__(self, interval_s: float, now: float) -> None:
         self._interval_s = interval_s
+        self._per_s = self.PER_S
         self._left = self.AT_ONCE
         self._renewed_at = now
+        self.round_s = 0.0  # how long it takes to probe all blacklisted sessions once
 
-    def renew(self, now: float, blacklisted: int, longest_round_s: float) -> None:
-        """Adds the calls earned since the last time, and keeps as many as a round of the daemon thread can use."""
-        per_s = self._per_s(blacklisted)
-        earned = (now - self._renewed_at) * per_s
-        self._left = min(max(self.AT_ONCE, longest_round_s * per_s), self._left + earned)
+    def renew(self, now: float, blacklisted: int) -> None:
+        """Adds the calls earned since the last time, and keeps as many as the daemon thread can use when it is late."""
+        # More where the blacklist is so long that it could not be probed in INTERVAL otherwise.
+        self._per_s = max(self.PER_S, 1.05 * blacklisted / self._interval_s)
+        self.round_s = blacklisted / self._per_s
+        earned = (now - self._renewed_at) * self._per_s
+        self._left = min(max(self.AT_ONCE, 2.0 * self.batch_s() * self._per_s), self._left + earned)
         self._renewed_at = now
+
+    def batch_s(self) -> float:
+        """Sessions that fall due within so long are probed one after another. What a probe costs is half as much again
+        if the thread has slept since the last sixteen, because other threads' data has taken the place of its own.
+        """
+        return max(min(self.round_s / 6.0, 0.1), min(self.round_s / 100.0, 0.3))
 
     def left(self) -> int:
         return int(self._left)
@@ -188,14 +198,6 @@ class Allowance:
     def spend(self) -> None:
         self._left -= 1.0
 
-    def more_at(self, blacklisted: int) -> float:
+    def more_at(self) -> float:
         """When the next calls may be made."""
-        return self._renewed_at + (self.AT_A_TIME - self._left) / self._per_s(blacklisted)
-
-    def round_s(self, blacklisted: int) -> float:
-        """How long it takes to probe all of them once."""
-        return blacklisted / self._per_s(blacklisted)
-
-    def _per_s(self, blacklisted: int) -> float:
-        """More where the blacklist is so long that it could not be probed in INTERVAL otherwise."""
-        return max(self.PER_S, 1.1 * blacklisted / self._interval_s)
+        return self._renewed_at + (self.AT_A_TIME - self._left) / self._per_s

@@ -34,10 +34,6 @@ from sglang.srt.disaggregation.mooncake.session_states import (
 )
 from sglang.srt.environ import FailedSessionProbeSettings
 
-# Where many are blacklisted, those due within a round are probed together, because a round costs as much as several
-# probes. From two hundred on it is the longest.
-LONGEST_ROUND_S = 0.1
-ROUND_S_PER_SESSION = 0.0005
 # Sessions that one ``take_due`` handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
 # To look whether a peer cuts probes short costs as much as two more probes, so that is done ten times a second at most.
@@ -67,7 +63,7 @@ class Event(enum.Enum):
     DROPPED = "dropped"  # idle_s, outage_s, refused
     MALFORMED = "malformed"
     VERIFICATION_OFF = "verification off"
-    FAULT = "fault"  # error (a traceback)
+    FAULT = "fault"  # traceback
 
 
 class Said:
@@ -192,7 +188,7 @@ class SessionWatch:
         """A fault of our own in one of the methods above; ``error`` is the traceback."""
         if not self._fault_said:
             self._fault_said = True
-            self._tell(Event.FAULT, session, error=error)
+            self._tell(Event.FAULT, session, traceback=error)
             self._wake()
 
     # What the daemon thread calls.
@@ -203,14 +199,15 @@ class SessionWatch:
         ``answered`` must be called for each. What falls due later than ``due_by`` (by the clock) is left alone.
         """
         now = self._clock()
+        due_by = min(due_by, now)
         self.places.age(now)
         self._connecting_too_long = self.places.not_connected(now)
-        self._allowance.renew(now, len(self.sessions), LONGEST_ROUND_S)
-        self.rules.round_s = self._allowance.round_s(len(self.sessions))
+        self._allowance.renew(now, len(self.sessions))
+        self.rules.round_s = self._allowance.round_s
         calls: list[Call] = []
         for _ in range(BATCH):
             first = self._due.first()
-            if first is None or first.at > min(now, due_by):
+            if first is None or first.at > due_by:
                 break
             known = first.session
             if first.is_outdated() or self.known.get(known.id) is not known:
@@ -250,13 +247,13 @@ class SessionWatch:
         is_call = not (first.is_end or first.is_outdated() or first.session.id in self._in_flight)
         if at <= now and is_call:  # it waits for a place or the allowance
             if not self._allowance.left():
-                at = self._allowance.more_at(len(self.sessions))
+                at = self._allowance.more_at()
             elif not self.places.is_free():
                 return max(0.0, self.places.free_at(now) - now)
         if at <= now:
             return 0.0
         at = min(at, self.places.connects_by())
-        return max(at - now, min(LONGEST_ROUND_S, ROUND_S_PER_SESSION * len(self.sessions)))
+        return max(at - now, self._allowance.batch_s())
 
     def waits_for_allowance(self) -> bool:
         """True if the last ``take_due`` left due sessions, because the allowance is used up."""
