@@ -417,8 +417,8 @@ BREAKS = [
         "Entry(at, next(self._ties), session, False)",
         "Entry(at, -next(self._ties), session, False)",
     ),
-    Break("limit of young calls", Places.is_free, "len(self._young) < self.concurrency and", ""),
-    Break("limit of calls under way", Places.is_free, "and len(self) < self.most", ""),
+    Break("limit of young calls", Places.free_now, "self.concurrency - len(self._young)", "self.most"),
+    Break("limit of calls under way", Places.free_now, "self.most - len(self)", "self.most"),
     Break(
         "calls that hang make room for young ones",
         Places.age,
@@ -482,7 +482,12 @@ BREAKS = [
         "",
     ),
     Break("told once that a peer cuts probes short", SessionWatch.answered, "known.listen_at = NEVER", "pass"),
-    Break("looks ten a second at most", SessionWatch._call, "max(known.listen_at, self._listen_at)", "known.listen_at"),
+    Break(
+        "looks three times a second at most",
+        SessionWatch._call,
+        "max(known.listen_at, self._listen_at)",
+        "known.listen_at",
+    ),
     Break(
         "registration takes off the blacklist",
         FailedSessions.discard,
@@ -700,7 +705,7 @@ BREAKS = [
         "rc == NO_ANSWER",
         PROBE_TESTS,
     ),
-    Break("a stuck queue is named as a cause", FailedSessionLog.heard, "self._other_cause", '""', LOG_TESTS),
+    Break("a stuck queue is named as a cause", FailedSessionLog._fields, "self._other_cause", '""', LOG_TESTS),
     Break("a long queue is no cause", session_probe.has_short_queue, "not is_long and", "", PROBE_TESTS),
     Break("no probe that ends the process", session_probe.probe, " or tent_probe.why_no_probe()", "", TENT_TESTS),
     Break("no reads on TENT", Prober.__init__, " or _tent_probe.is_on()", "", TENT_TESTS),

@@ -175,10 +175,10 @@ def test_a_failure_within_a_second_of_the_last_write_is_written_after_it_though_
 
 
 def test_what_takes_long_to_write_is_written_seldomer(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = Written(monkeypatch, takes_s=0.05)
+    written = Written(monkeypatch, takes_s=0.02)
     written.prober.fail(*many("decode", 100), peer=REFUSING)
     written.run(100)
-    assert 9 <= len(written.writes) <= 11, f"{len(written.writes)} writes of 0.05 s in 100 s"
+    assert 9 <= len(written.writes) <= 11, f"{len(written.writes)} writes of 0.02 s in 100 s"
 
 
 def test_after_the_last_session_is_let_in_that_is_written_and_then_nothing(

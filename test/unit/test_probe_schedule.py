@@ -283,15 +283,15 @@ def test_a_rack_of_64_is_probed_at_once_and_one_that_fails_then_too() -> None:
     assert prober.seen("probe", D)
 
 
-@pytest.mark.parametrize(("number", "per_s"), [(1, 0.1), (10, 1), (1000, 10)])
-def test_a_probe_listens_every_ten_seconds_but_no_more_than_ten_do_in_a_second(number: int, per_s: float) -> None:
+@pytest.mark.parametrize(("number", "per_s"), [(1, 0.1), (10, 1), (1000, 10 / 3)])
+def test_a_probe_listens_every_ten_seconds_but_no_more_than_three_do_in_a_second(number: int, per_s: float) -> None:
     """Each costs as much as three, and the prefill node needs its cores."""
     prober = VirtualProber()
     prober.fail(*many("refusing", number), peer=REFUSING)
     prober.run(110)
     listened = [entry.at for entry in prober.seen("probe") if entry.detail.listen]
     assert listened[0] >= 10
-    assert 0.85 * 100 * per_s <= len(listened) <= 100 * per_s + 1
+    assert 0.85 * 100 * per_s <= len(listened) <= 101 * per_s + 1
 
 
 def test_one_call_of_the_watch_gives_a_bounded_number_of_calls_however_many_are_due() -> None:

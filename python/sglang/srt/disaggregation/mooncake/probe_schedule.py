@@ -16,7 +16,7 @@ from sglang.srt.disaggregation.mooncake.session_states import Session
 NEVER = float("inf")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Call:
     """A probe under way, followed by reads if ``read``. Its answer counts only for the generation it was made in."""
 
@@ -132,9 +132,9 @@ class Places:
             del self._young[call]
             self._hanging[call] = None
 
-    def is_free(self) -> bool:
-        """True if one more call may be made."""
-        return len(self._young) < self.concurrency and len(self) < self.most
+    def free_now(self) -> int:
+        """How many more calls may be made."""
+        return max(0, min(self.concurrency - len(self._young), self.most - len(self)))
 
     def oldest_hanging(self, now: float, wanted: int) -> list[Call]:
         """The calls to end so that ``wanted`` more places become free, without those that are being ended already."""

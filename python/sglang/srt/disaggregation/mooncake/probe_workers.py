@@ -14,7 +14,7 @@ from sglang.srt.disaggregation.mooncake.probe_schedule import Call
 from sglang.srt.disaggregation.mooncake.session_probe import Reads
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Answer:
     """How a call ended."""
 

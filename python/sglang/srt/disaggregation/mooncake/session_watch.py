@@ -36,8 +36,8 @@ from sglang.srt.environ import FailedSessionProbeSettings
 
 # Sessions that one ``take_due`` handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
-# To look whether a peer cuts probes short costs as much as two more probes, so that is done ten times a second at most.
-LISTEN_GAP_S = 0.1
+# To look whether a peer cuts probes short costs as much as two more probes, so that is done three times a second at most.
+LISTEN_GAP_S = 0.3
 # After the session whose turn it is, in case it has no more need of it, the others of its machine are read.
 LATER_S = 1.0
 # How many sessions are remembered for which something was logged: memory must not grow with what comes from outside.
@@ -204,6 +204,7 @@ class SessionWatch:
         self._connecting_too_long = self.places.not_connected(now)
         self._allowance.renew(now, len(self.sessions))
         self.rules.round_s = self._allowance.round_s
+        room = min(self._allowance.left(), self.places.free_now())
         calls: list[Call] = []
         for _ in range(BATCH):
             first = self._due.first()
@@ -215,7 +216,7 @@ class SessionWatch:
             elif first.is_end or known.id in self._in_flight:
                 self._due.pop()
                 self._come_up(known, first.is_end, now)
-            elif self._allowance.left() and self.places.is_free():
+            elif len(calls) < room:
                 self._due.pop()
                 calls.append(self._call(known, now))
             else:
@@ -248,7 +249,7 @@ class SessionWatch:
         if at <= now and is_call:  # it waits for a place or the allowance
             if not self._allowance.left():
                 at = self._allowance.more_at()
-            elif not self.places.is_free():
+            elif not self.places.free_now():
                 return max(0.0, self.places.free_at(now) - now)
         if at <= now:
             return 0.0
