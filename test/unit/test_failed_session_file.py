@@ -210,12 +210,12 @@ def test_another_process_reads_what_was_written_by_the_clock_that_both_share(fol
     assert before < since < time.monotonic()
 
 
-def test_ten_thousand_sessions_can_be_read_and_more_are_counted(folder: pathlib.Path) -> None:
+def test_two_thousand_sessions_can_be_read_and_more_are_counted(folder: pathlib.Path) -> None:
     SessionsFile("", True).write_if_due(VirtualProber(*many("decode", 10_500)).watch)
     (path,) = folder.iterdir()
     assert path.stat().st_size < failed_session_file._MOST_BYTES
     seen = failed_session_file._parsed(path.read_bytes(), 0)
-    assert (len(seen.rows), seen.known) == (10_000, 10_500)
+    assert (len(seen.rows), seen.known) == (2_000, 10_500)
 
 
 def test_nobody_else_can_read_it_and_no_program_that_is_started_inherits_it(folder: pathlib.Path) -> None:

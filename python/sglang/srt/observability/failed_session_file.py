@@ -32,7 +32,7 @@ _PREFIX = "sglang-failed-sessions-"
 _FORMAT = 1
 _BEGINS = b'{"format": '  # the file of every version of this package
 # A row has some 300 bytes, so no file of ours comes near the limit.
-_MOST_ROWS = 10_000
+_MOST_ROWS = 2_000
 _MOST_BYTES = 16 << 20
 
 

@@ -36,7 +36,7 @@ from sglang.srt.environ import FailedSessionProbeSettings
 
 # Sessions that one ``take_due`` handles, so that the lock is held for microseconds however long the blacklist is.
 BATCH = 32
-# To look whether a peer cuts probes short costs as much as two more probes, so that is done three times a second at most.
+# To look whether a peer cuts probes short costs as much as two more probes, so three times a second is enough.
 LISTEN_GAP_S = 0.3
 # After the session whose turn it is, in case it has no more need of it, the others of its machine are read.
 LATER_S = 1.0
