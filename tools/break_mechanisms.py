@@ -168,9 +168,7 @@ BREAKS = [
         "",
     ),
     Break("only who refuses may cut probes short", Session.not_answered, "if not refused:", "if False:"),
-    Break(
-        "nobody is probed sooner than all can be", Session._gap_s, "self.probed_at + self.rules.round_s - now", "0.0"
-    ),
+    Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
     Break("a held session is probed seldom", Session._probed_in_hold_at, "return min(", "return 0.0 * min("),
     Break(
         "settle",

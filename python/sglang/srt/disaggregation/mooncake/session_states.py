@@ -201,10 +201,9 @@ class Session:
         """
         least_s, most_s, share_of_outage, jitter = 0.25, 0.5, 0.1, 0.1
         gap_s = min(max(least_s, share_of_outage * (now - self.failed_at)), most_s)
+        gap_s = max(gap_s, self.rules.round_s)  # else due sessions queue up, and a new failure waits behind them
         gap_s = max(least_s, self.probed_at + gap_s - now)
         gap_s *= 1.0 + jitter * (2.0 * self.rules.jitter() - 1.0)
-        # Not sooner than all others once: else due sessions queue up, and a new failure waits behind them.
-        gap_s = max(gap_s, self.probed_at + self.rules.round_s - now)
         return min(gap_s, self.rules.interval_s)
 
     def connects_by(self, now: float) -> float:
