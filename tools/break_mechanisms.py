@@ -169,6 +169,13 @@ BREAKS = [
     ),
     Break("only who refuses may cut probes short", Session.not_answered, "if not refused:", "if False:"),
     Break("nobody is probed sooner than all can be", Session._gap_s, "max(gap_s, self.rules.round_s)", "gap_s"),
+    Break(
+        "a long blacklist is no reason to probe in step",
+        Session._gap_s,
+        "gap_s *= 1.0 +",
+        "gap_s *= 1.0 + (self.rules.round_s < 0.5) *",
+        f"{UNIT}/test_probe_schedule.py",
+    ),
     Break("a held session is probed seldom", Session._probed_in_hold_at, "return min(", "return 0.0 * min("),
     Break(
         "settle",

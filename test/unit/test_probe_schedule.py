@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -483,6 +485,21 @@ def test_a_healed_session_does_not_wait_for_peers_that_refuse_slowly_all_the_tim
     prober.fail(D, peer=HEALTHY)
     prober.run(4)
     assert prober.let_in(D), "a session that has healed waits for peers that are gone"
+
+
+def test_prefill_nodes_that_lose_the_same_thousand_peers_do_not_probe_them_in_step() -> None:
+    """A thousand prefill ranks in step would probe each decode rank a thousand times in one moment."""
+    peers = many("refusing", 1000)
+    last_probed: list[list[float]] = []
+    for seed in (1, 2):
+        prober = VirtualProber()
+        prober.watch.rules.jitter = random.Random(seed).random
+        prober.fail(*peers, peer=REFUSING)
+        prober.run(60)
+        moments = {entry.session: entry.at for entry in prober.seen("probe")}
+        last_probed.append([moments[peer] for peer in peers])
+    apart_s = statistics.mean(abs(one - other) for one, other in zip(*last_probed, strict=True))
+    assert apart_s > 0.5, f"{apart_s:.3f} s apart in the mean, in rounds of 2.9 s"
 
 
 # INTERVAL is the longest that a session goes unprobed.
