@@ -259,7 +259,7 @@ def test_what_may_be_probed_while_the_daemon_thread_sleeps_for_a_batch_is_probed
 
 
 def test_with_ten_thousand_blacklisted_the_daemon_thread_wakes_four_times_a_second_at_most() -> None:
-    """Probes that are made sixteen at a time cost half as much again."""
+    """Probes that are made sixteen at a time cost 10 to 30 % more."""
     clock = Clock()
     watch = SessionWatch(FailedSessionProbeSettings(), many("refusing", 10_000), clock=clock)
     sleeps = probed = 0

@@ -187,8 +187,8 @@ class Allowance:
         self._renewed_at = now
 
     def batch_s(self) -> float:
-        """Sessions that fall due within so long are probed one after another. What a probe costs is half as much again
-        if the thread has slept since the last sixteen, because other threads' data has taken the place of its own.
+        """Sessions that fall due within so long are probed one after another. A probe costs 10 to 30 % more if the
+        thread has slept since the last sixteen, because other threads' data has taken the place of its own.
         """
         return max(min(self.round_s / 6.0, 0.1), min(self.round_s / 100.0, 0.3))
 
