@@ -453,6 +453,7 @@ BREAKS = [
         "max(self.AT_ONCE, 2.0 * self.batch_s() * self._per_s)",
         "self.AT_ONCE",
     ),
+    Break("the allowance covers what a late daemon thread has missed", Allowance.renew, "2.0 * self", "self"),
     Break("a long blacklist is probed in long batches", Allowance.batch_s, ", 0.3)", ", 0.0)"),
     Break(
         "more calls for INTERVAL",

@@ -223,8 +223,12 @@ def test_concurrency_one_is_enough_for_some() -> None:
 # The allowance of a second.
 
 
-@pytest.mark.parametrize(("number", "per_s"), [(100, 350), (1000, 350), (10_000, 350), (30_000, 1050)])
-def test_many_that_refuse_share_350_probes_a_second_and_more_only_for_interval(number: int, per_s: float) -> None:
+@pytest.mark.parametrize(
+    ("number", "per_s", "at_once"), [(100, 350, 64), (1000, 350, 70), (10_000, 350, 200), (30_000, 1050, 600)]
+)
+def test_many_that_refuse_share_350_probes_a_second_and_more_only_for_interval(
+    number: int, per_s: float, at_once: float
+) -> None:
     """A probe costs 0.1 ms of CPU, and the prefill node needs its cores."""
     prober = VirtualProber()
     refusing = many("refusing", number)
@@ -232,7 +236,7 @@ def test_many_that_refuse_share_350_probes_a_second_and_more_only_for_interval(n
     prober.run(100)
     moments = prober.moments("probe")
     in_one_second = max(Counter(int(moment) for moment in moments).values())
-    assert in_one_second <= per_s + max(Allowance.AT_ONCE, 2 * LONGEST_BATCH_S * per_s) + 1
+    assert in_one_second <= per_s + at_once + 1
     assert len(moments) <= 100 * per_s + Allowance.AT_ONCE
 
 
@@ -245,8 +249,8 @@ def test_reads_are_paid_from_the_same_allowance() -> None:
 
 
 @pytest.mark.parametrize("interval_s", [30.0, 15.0, 5.0])
-def test_what_may_be_probed_while_the_daemon_thread_sleeps_for_a_batch_is_probed_after_it(interval_s: float) -> None:
-    clock, late_s = Clock(), 0.01
+def test_what_may_be_probed_while_the_daemon_thread_sleeps_and_is_late_is_probed_after_it(interval_s: float) -> None:
+    clock, late_s = Clock(), 0.09
     watch = SessionWatch(FailedSessionProbeSettings(interval_s=interval_s), many("refusing", 10_000), clock=clock)
     probed = 0
     while clock.now < interval_s:
@@ -293,7 +297,7 @@ def test_a_probe_listens_every_ten_seconds_but_no_more_than_three_do_in_a_second
     prober.run(110)
     listened = [entry.at for entry in prober.seen("probe") if entry.detail.listen]
     assert listened[0] >= 10
-    assert 0.85 * 100 * per_s <= len(listened) <= 101 * per_s + 1
+    assert 0.85 * 100 * per_s <= len(listened) <= 100 * per_s + 1
 
 
 def test_one_call_of_the_watch_gives_a_bounded_number_of_calls_however_many_are_due() -> None:
