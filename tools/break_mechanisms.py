@@ -257,7 +257,7 @@ BREAKS = [
     Break(
         "sessions of the only machine are read side by side",
         SessionWatch._neighbour_is_read_until,
-        " and self._has_other_machines(known)",
+        " or not self._has_other_machines(known)",
         "",
     ),
     Break(
@@ -282,6 +282,18 @@ BREAKS = [
     Break("on probation no session waits for a turn", SessionWatch._call, "read and known.blacklisted and", "read and"),
     Break("sessions of a readable machine need no turns", Session.needs_no_turn, "self.has_turn = True", "pass"),
     Break(
+        "reads that fail just after their machine was readable need no turn",
+        Session.read,
+        "self.machine_read_at >= began",
+        "False",
+    ),
+    Break(
+        "a session takes turns again once its machine was readable",
+        Session.read,
+        "self.machine_read_at >= began",
+        "self.machine_read_at > 0.0",
+    ),
+    Break(
         "a session whose probation has passed is no neighbour",
         SessionWatch.failed,
         "            self._forget(session)\n            known = None",
@@ -293,7 +305,13 @@ BREAKS = [
         "if self.unreadable:",
         "if True:",
     ),
-    Break("its next turn is another session's", SessionWatch._hand_turn_over, "if not waiting:", "if True:"),
+    Break("its next turn is another session's", SessionWatch._hand_turn_over, "if not waiting or", "if True or"),
+    Break(
+        "the only machine's sessions hand over no turns",
+        SessionWatch._hand_turn_over,
+        " or not self._has_other_machines(known)",
+        "",
+    ),
     Break(
         "its turn is not lost",
         SessionWatch._hand_turn_over,

@@ -895,8 +895,10 @@ def test_over_rdma_the_sessions_of_the_only_machine_are_read_side_by_side() -> N
     sessions = many("decode", 8)
     prober = over_rdma(*sessions)
     prober.fail(*sessions, peer=UNREACHABLE)
-    prober.run(11)
-    assert [prober.moments("read", session) for session in sessions] == [[1.0]] * 8
+    prober.run(13)
+    reads = [prober.moments("read", session) for session in sessions]
+    assert [first for first, _ in reads] == [1.0] * 8
+    assert all(second < 12.2 for _, second in reads), "one waits for its turn"
 
 
 def test_over_rdma_one_that_has_not_been_read_when_others_are_let_in_unverified_is_probed_no_more_often() -> None:
@@ -1076,6 +1078,44 @@ def test_over_rdma_all_sessions_of_a_machine_are_let_in_as_soon_as_one_is_readab
     times = [prober.let_in(session)[0][0] for session in sessions]
     assert min(times) < 32.0
     assert max(times) - min(times) < 0.1, "one has to wait for its turn though its machine has healed"
+
+
+@pytest.mark.parametrize("others", [(), ("well:1",)], ids=["of the only machine", "beside another machine"])
+def test_over_rdma_reads_that_fail_just_after_another_session_of_the_machine_was_readable_are_repeated_soon(
+    others: tuple[str, ...],
+) -> None:
+    """Two devices had lost the machine, and one finds it again a second before the other. Else it waits for 20 s."""
+    first, second = many("decode", 2)
+    prober = over_rdma(first, second)
+    prober.fail(first, second, peer=UNREACHABLE)
+    prober.run(15)
+    calls = {call.session: call for call in prober.reads}
+    prober.registrations.update(dict.fromkeys(others, object()))
+    for session in (first, second):
+        prober.becomes(session, HEALTHY)
+    prober.show(calls[second], Verdict.READABLE)
+    prober.run(1)
+    prober.show(calls[first], Verdict.UNREADABLE)
+    prober.run(1)
+    assert prober.let_in(second)
+    assert not prober.let_in(first)
+    prober.run(1.2)
+    assert prober.let_in(first)
+
+
+def test_over_rdma_a_session_that_still_cannot_be_read_takes_turns_again_after_another_of_its_machine_was() -> None:
+    first, second = many("decode", 2)
+    prober = over_rdma(first, second)
+    prober.fail(first, second, peer=UNREACHABLE)
+    prober.run(15)
+    prober.becomes(second, HEALTHY)
+    (call,) = (call for call in prober.reads if call.session == second)
+    prober.show(call, Verdict.READABLE)
+    prober.run(80)
+    assert not prober.let_in(first)
+    once, *pauses = (later - at for at, later in itertools.pairwise(prober.moments("read", first)[1:]))
+    assert once < 12.0
+    assert min(pauses) >= 29.0, "its reads hold up the transfers to the other one"
 
 
 def test_reads_that_fail_after_interval_let_their_peer_in_at_once() -> None:

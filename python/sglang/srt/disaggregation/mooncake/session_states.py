@@ -134,6 +134,7 @@ class Session:
         "last_used_at",  # on probation
         "late_since",  # when reads first had to wait, since it answers; or None
         "listen_at",  # from then on a probe may look whether the peer cuts probes short
+        "machine_read_at",  # when reads of another session of its machine last worked
         "patient_at",  # from then on a probe may take its time to connect
         "probe_said",  # how the last probe since its failure ended, in words; empty before that
         "probed_at",
@@ -164,6 +165,7 @@ class Session:
         self.reads_mislead = self.bytes_mislead = self.is_too_soon = False
         self.has_end_check = self.has_turn = False
         self.probed_at = self.due_at = self.read_at = self.listen_at = self.patient_at = 0.0
+        self.machine_read_at = 0.0
         self.read_next = False
         self.unreadable: Optional[str] = None
         self._begin_outage(now, hold_s=0.0)
@@ -246,7 +248,7 @@ class Session:
             return Forget()  # reads do work, even if late
         if self.reads_since is None:
             return None  # it has stopped answering since, or was let in while they hung
-        took_s = now - self.reads_since
+        began, took_s = self.reads_since, now - self.reads_since
         self.reads_since = None
         if not self.blacklisted:
             return self._read_on_probation(now, verdict)
@@ -254,7 +256,9 @@ class Session:
             self.unreadable = why
             if now >= self._opens_at():
                 return LetIn(unverified=why)
-            self.turn_at = max(now + self._pause_s(now), self.rules.turn_to_read_at(now, took_s, held_up))
+            is_reachable = self.machine_read_at >= began
+            turn_at = now if is_reachable else self.rules.turn_to_read_at(now, took_s, held_up)
+            self.turn_at = max(now + self._pause_s(now), turn_at)
             self.read_again_at = self.turn_at
             self.has_turn = False
             return self._read_again(now)
@@ -279,7 +283,12 @@ class Session:
         return self._next(now)
 
     def needs_no_turn(self, now: float) -> Decision:
-        """Reads of another session on the same machine have worked: it is read now."""
+        """Reads of another session on the same machine have worked: it is read now or, if its own are pending and fail,
+        soon after that.
+        """
+        self.machine_read_at = now
+        if not self.waits_for_turn(now):
+            return None
         self.has_turn = True
         return self.wait_for_turn(now, now)
 

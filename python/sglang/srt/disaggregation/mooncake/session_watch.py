@@ -301,24 +301,28 @@ class SessionWatch:
         if verdict is Verdict.UNREADABLE and known.blacklisted and known.unreadable is None:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
         if verdict is not Verdict.UNREADABLE:  # its machine can be reached again, so none there waits for its turn
-            for other in self._neighbours_waiting(known, now):
-                self._carry_out(other, other.needs_no_turn(now), now)
+            for other in self._neighbours_of(known):
+                if other.blacklisted:
+                    self._carry_out(other, other.needs_no_turn(now), now)
         decision = known.read(now, verdict, why, held_up)
         if verdict is Verdict.UNREADABLE and isinstance(decision, (ProbeAt, ReadAt)):
             decision = self._hand_turn_over(known, decision, now)
         self._carry_out(known, decision, now)
 
+    def _neighbours_of(self, known: Session) -> list[Session]:
+        """The other sessions of its machine, over RDMA."""
+        return [other for other in self._neighbours.get(_machine(known.id), ()) if other is not known]
+
     def _neighbours_waiting(self, known: Session, now: float) -> list[Session]:
-        """The other sessions of its machine that wait for their turn to be read, over RDMA."""
-        neighbours = self._neighbours.get(_machine(known.id), ())
-        return [other for other in neighbours if other is not known and other.waits_for_turn(now)]
+        """Those that wait for their turn to be read."""
+        return [other for other in self._neighbours_of(known) if other.waits_for_turn(now)]
 
     def _hand_turn_over(self, known: Session, decision: Decision, now: float) -> Decision:
         """Reads of a session have failed. In its machine's next turn the one is read that was read longest ago, and the
         others only if that one has no more need of it.
         """
         waiting = self._neighbours_waiting(known, now)
-        if not waiting:
+        if not waiting or not self._has_other_machines(known):
             return decision
         following = min(waiting, key=lambda other: other.read_at)
         for other in waiting:
@@ -331,11 +335,12 @@ class SessionWatch:
         turn: one tells of all, and reads of all would hold up other machines, also those that are blacklisted by now. 0
         if it may be read now.
         """
-        if known.has_turn or not (self.rules.over_rdma and self._has_other_machines(known)):
+        if not self.rules.over_rdma:
             return 0.0
-        neighbours = self._neighbours.setdefault(_machine(known.id), {})
-        neighbours[known] = None
-        others = (other for other in neighbours if other is not known and other.blacklisted)
+        self._neighbours.setdefault(_machine(known.id), {})[known] = None
+        if known.has_turn or not self._has_other_machines(known):
+            return 0.0
+        others = (other for other in self._neighbours_of(known) if other.blacklisted)
         until = max((self._goes_first_until(other, known, now) for other in others), default=0.0)
         return until if now < until else 0.0
 
