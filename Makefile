@@ -4,7 +4,7 @@ ENGINES = $$($(PYTHON) tools/environment.py engines)
 # Where it is set, as in many images, hundreds of test processes compile anew what they import.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: test test-fast faults rdma router mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
+.PHONY: test test-fast faults soak rdma router mechanisms matrix matrix-mooncake newest bench wheel dist network-tools
 
 # Everything: without SGLang, on two managers of five stock releases, on real servers. About 16 minutes, the first time
 # plus the downloads. Much of it is waiting, so what comes last runs three at a time.
@@ -35,6 +35,12 @@ faults: network-tools
 	  $(ENGINES) -m pytest -n 6 $(ALONE:%=--ignore %) test/faults || exit 1; done
 	FAULTS_PROBES=50000 FAULTS_STRESS_S=60 $(ENGINES) -m pytest -s --timeout 1200 $(ALONE)
 	$(PYTHON) tools/fault_table.py .faults.jsonl
+
+# Random faults of eight decode nodes over TCP, several at a time, with transfers under way; prints when each was used
+# again. 20 minutes. SEED=2: other faults.
+SEED ?= 1
+soak: network-tools
+	$(ENGINES) tools/soak.py 20 $(SEED)
 
 # Faults over RDMA between emulated machines, and the table of docs/rdma.md. An hour and twenty minutes. RUNS=5 as
 # above; RDMA_LOGS=FOLDER keeps what was logged in each.
