@@ -291,7 +291,13 @@ BREAKS = [
         "a session takes turns again once its machine was readable",
         Session.read,
         "self.machine_read_at >= began",
-        "self.machine_read_at > 0.0",
+        "True",
+    ),
+    Break(
+        "a neighbour that is readable again and again ends one pause",
+        Session.neighbour_was_read,
+        "if self.machine_read_at is None:",
+        "if True:",
     ),
     Break(
         "a session whose probation has passed is no neighbour",
@@ -305,12 +311,12 @@ BREAKS = [
         "if self.unreadable:",
         "if True:",
     ),
-    Break("its next turn is another session's", SessionWatch._hand_turn_over, "if not waiting or", "if True or"),
+    Break("its next turn is another session's", SessionWatch._hand_turn_over, "if not waiting:", "if True:"),
     Break(
         "the only machine's sessions hand over no turns",
-        SessionWatch._hand_turn_over,
-        " or not self._has_other_machines(known)",
-        "",
+        SessionWatch._neighbours_waiting,
+        "waiting if waiting and self._has_other_machines(known) else []",
+        "waiting",
     ),
     Break(
         "its turn is not lost",

@@ -4,8 +4,8 @@
 
 Eight decode nodes, each on an address of its own in one network namespace, each with one fault after another: stopped,
 restarted, its packets dropped or rejected, all or some, for 0.5 to 50 s, and 5 to 25 s in between. A prefill node sends
-512 KiB to each every 50 ms. Prints a table; exit status 1 if a request failed that was sent after a heal, or if the
-prefill node has more threads or memory at the end than it may.
+512 KiB to each every 50 ms. Prints a table; exit status 1 if a request failed that was sent after a heal, if a node was
+never used again, or if the prefill node has more threads or memory at the end than it may, or does not end well.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def send_to_all() -> None:
 class Soak:
     """One run. ``faults`` and ``requests`` grow meanwhile."""
 
-    def __init__(self, network: Network, folder: pathlib.Path, chance: random.Random) -> None:
-        self.network, self.folder, self.chance = network, folder, chance
+    def __init__(self, network: Network, folder: pathlib.Path) -> None:
+        self.network, self.folder = network, folder
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, float, float]] = []  # session, outcome, sent, ended
         self._telling = threading.Lock()
@@ -234,7 +234,7 @@ class Soak:
 def main(minutes: float, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder, Network() as network:
         chance = random.Random(seed)
-        soak = Soak(network, pathlib.Path(folder), chance)
+        soak = Soak(network, pathlib.Path(folder))
         until = time.monotonic() + 60.0 * minutes
         nodes = [threading.Thread(target=soak.play, args=(n, chance.random(), until)) for n in range(NODES)]
         for node in nodes:

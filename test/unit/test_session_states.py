@@ -1103,18 +1103,40 @@ def test_over_rdma_reads_that_fail_just_after_another_session_of_the_machine_was
     assert prober.let_in(first)
 
 
-def test_over_rdma_a_session_that_still_cannot_be_read_takes_turns_again_after_another_of_its_machine_was() -> None:
+def test_over_rdma_one_of_the_only_machine_that_registers_again_and_again_ends_no_pauses_of_others_there() -> None:
     first, second = many("decode", 2)
+    prober = over_rdma(first, second)
+    prober.fail(first, peer=UNREACHABLE)
+    for _ in range(16):
+        prober.fail(second, peer=REFUSING)
+        prober.run(0.2)
+        prober.register(second)
+        prober.run(5)
+    pauses = [later - at for at, later in itertools.pairwise(prober.moments("read", first))]
+    assert pauses
+    assert min(pauses) >= 29.0, "its reads hold up the transfers to the other one"
+
+
+@pytest.mark.parametrize("fails_again", [False, True], ids=["is used", "fails again and again"])
+def test_over_rdma_a_session_that_still_cannot_be_read_takes_turns_again_after_another_of_its_machine_was(
+    fails_again: bool,
+) -> None:
+    first, second, in_use = many("decode", 3)
     prober = over_rdma(first, second)
     prober.fail(first, second, peer=UNREACHABLE)
     prober.run(15)
-    prober.becomes(second, HEALTHY)
     (call,) = (call for call in prober.reads if call.session == second)
+    prober.becomes(second, HEALTHY)
     prober.show(call, Verdict.READABLE)
-    prober.run(80)
+    prober.registrations[in_use] = object()
+    for _ in range(16):
+        prober.run(5)
+        if fails_again:
+            prober.fail(second)
     assert not prober.let_in(first)
     once, *pauses = (later - at for at, later in itertools.pairwise(prober.moments("read", first)[1:]))
     assert once < 12.0
+    assert pauses
     assert min(pauses) >= 29.0, "its reads hold up the transfers to the other one"
 
 

@@ -134,7 +134,7 @@ class Session:
         "last_used_at",  # on probation
         "late_since",  # when reads first had to wait, since it answers; or None
         "listen_at",  # from then on a probe may look whether the peer cuts probes short
-        "machine_read_at",  # when reads of another session of its machine last worked
+        "machine_read_at",  # when reads of another session of its machine first worked in this outage, or None
         "patient_at",  # from then on a probe may take its time to connect
         "probe_said",  # how the last probe since its failure ended, in words; empty before that
         "probed_at",
@@ -165,9 +165,9 @@ class Session:
         self.reads_mislead = self.bytes_mislead = self.is_too_soon = False
         self.has_end_check = self.has_turn = False
         self.probed_at = self.due_at = self.read_at = self.listen_at = self.patient_at = 0.0
-        self.machine_read_at = 0.0
         self.read_next = False
         self.unreadable: Optional[str] = None
+        self.machine_read_at: Optional[float] = None
         self._begin_outage(now, hold_s=0.0)
 
     # Blacklisted: when is it probed?
@@ -256,7 +256,7 @@ class Session:
             self.unreadable = why
             if now >= self._opens_at():
                 return LetIn(unverified=why)
-            is_reachable = self.machine_read_at >= began
+            is_reachable = self.machine_read_at is not None and self.machine_read_at >= began
             turn_at = now if is_reachable else self.rules.turn_to_read_at(now, took_s, held_up)
             self.turn_at = max(now + self._pause_s(now), turn_at)
             self.read_again_at = self.turn_at
@@ -283,14 +283,16 @@ class Session:
         return self._next(now)
 
     def needs_no_turn(self, now: float) -> Decision:
-        """Reads of another session on the same machine have worked: it is read now or, if its own are pending and fail,
-        soon after that.
-        """
-        self.machine_read_at = now
-        if not self.waits_for_turn(now):
-            return None
+        """Reads of another session on the same machine have worked: it is read now."""
         self.has_turn = True
         return self.wait_for_turn(now, now)
+
+    def neighbour_was_read(self, now: float) -> None:
+        """Reads of another session on the same machine have worked: if its own are pending and fail, they are repeated
+        soon. Once in an outage, because its reads may be what makes the other one fail again and again.
+        """
+        if self.machine_read_at is None:
+            self.machine_read_at = now
 
     def _read_again(self, now: float) -> Decision:
         """When it is read next, or probed before: to be let in unverified, or because it is a whole INTERVAL off."""
@@ -505,6 +507,7 @@ class Session:
         self.unreadable = None
         self.is_too_soon = False
         self.was_gone: bool = False
+        self.machine_read_at = None
 
 
 def _hang_for(seconds: float) -> str:

@@ -302,8 +302,9 @@ class SessionWatch:
             self._tell(Event.UNREADABLE, known.id, why=why, outage_s=now - known.blacklisted_at)
         if verdict is not Verdict.UNREADABLE:  # its machine can be reached again, so none there waits for its turn
             for other in self._neighbours_of(known):
-                if other.blacklisted:
-                    self._carry_out(other, other.needs_no_turn(now), now)
+                other.neighbour_was_read(now)
+            for other in self._neighbours_waiting(known, now):
+                self._carry_out(other, other.needs_no_turn(now), now)
         decision = known.read(now, verdict, why, held_up)
         if verdict is Verdict.UNREADABLE and isinstance(decision, (ProbeAt, ReadAt)):
             decision = self._hand_turn_over(known, decision, now)
@@ -314,15 +315,16 @@ class SessionWatch:
         return [other for other in self._neighbours.get(_machine(known.id), ()) if other is not known]
 
     def _neighbours_waiting(self, known: Session, now: float) -> list[Session]:
-        """Those that wait for their turn to be read."""
-        return [other for other in self._neighbours_of(known) if other.waits_for_turn(now)]
+        """Those that wait for their turn to be read. The sessions of the only machine do not wait for one another."""
+        waiting = [other for other in self._neighbours_of(known) if other.waits_for_turn(now)]
+        return waiting if waiting and self._has_other_machines(known) else []
 
     def _hand_turn_over(self, known: Session, decision: Decision, now: float) -> Decision:
         """Reads of a session have failed. In its machine's next turn the one is read that was read longest ago, and the
         others only if that one has no more need of it.
         """
         waiting = self._neighbours_waiting(known, now)
-        if not waiting or not self._has_other_machines(known):
+        if not waiting:
             return decision
         following = min(waiting, key=lambda other: other.read_at)
         for other in waiting:
