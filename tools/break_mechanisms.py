@@ -24,7 +24,7 @@ CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
 from sglang.srt import environ
-from sglang.srt.disaggregation.mooncake import conn, hung_call, rdma_waits, session_probe, tent_probe
+from sglang.srt.disaggregation.mooncake import conn, hung_call, late_bytes, rdma_waits, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.late_bytes import LateBytes
@@ -132,6 +132,13 @@ BREAKS = [
         "or self.late_since is not None",
         "",
     ),
+    Break(
+        "one that worked unread may fail twice",
+        Session._hold_after_probation_s,
+        "if worked or self.failed_first_uses > 1:",
+        "if True:",
+    ),
+    Break("one that is read after its probation is not past", Session.is_past, " and self.reads_since is None", ""),
     Break("a probation is as long as any", Session.let_in, "self.requested_at = now", "pass"),
     Break("a failure makes answers before it void", Session.failed, "self.answered_since: Optional[float] = None", ""),
     Break("gap grows with the outage", Session._gap_s, "share_of_outage * (now - self.failed_at)", "0.0"),
@@ -369,15 +376,21 @@ BREAKS = [
         "not can_land or ",
         "",
     ),
-    Break("stays out while the kernel sends bytes again", Session._waits_for_bytes, "return True", "return False"),
+    Break("stays out while the kernel sends bytes again", Session._waits_for_bytes, "return now <", "return now is"),
     Break(
         "bytes are waited for as long as a loop takes",
         Session._waits_for_bytes,
-        "self.waits_for_bytes * settle_s >= self.rules.loop_s",
-        "False",
+        "now < self.bytes_since + self.rules.loop_s",
+        "True",
     ),
-    Break("bytes that mislead are not waited for", Session._waits_for_bytes, "self.bytes_mislead or ", ""),
-    Break("without SETTLE no bytes are waited for", Session._waits_for_bytes, "settle_s == 0 or ", ""),
+    Break("its time does not begin anew", Session._waits_for_bytes, "if self.bytes_since is None:", "if True:"),
+    Break("bytes that mislead are not waited for", Session._waits_for_bytes, " or self.bytes_mislead:", ":"),
+    Break(
+        "without SETTLE no bytes are waited for",
+        Session._waits_for_bytes,
+        "self.rules.settings.settle_s == 0 or ",
+        "",
+    ),
     Break(
         "that bytes may land says nothing about reads",
         Session.let_in,
@@ -426,6 +439,7 @@ BREAKS = [
         "        return self._read_on_probation(now, Verdict.UNREADABLE)\n",
         "        return None\n",
     ),
+    Break("no read proves nothing", Session.probation_ends, " or self.read_at < self.reads_since", ""),
     Break("one use proves nothing", Session.probation_ends, "self.uses < 2 or", ""),
     Break(
         "longer probation for slow transfers",
@@ -433,7 +447,7 @@ BREAKS = [
         "max(1.0, self.rules.transfer_timeout_s / TRANSFER_TIMEOUT_S)",
         "1.0",
     ),
-    Break("hold forgotten after a quiet spell", Session.is_past, "now >= self.ends_at() or", ""),
+    Break("hold forgotten after a quiet spell", Session.is_past, "is_over or", ""),
     Break("registration ends probation", Session.is_past, "or registration is not self.registration", ""),
     Break("the data path is read in each outage", Session._begin_outage, "        self.unreadable = None\n", ""),
     # All sessions.
@@ -467,7 +481,24 @@ BREAKS = [
         "",
     ),
     Break(
-        "calls whose reads hang are ended", SessionWatch._look_at_call, "        self._read_hangs.append(call)\n", ""
+        "calls whose reads hang are ended",
+        SessionWatch._look_at_call,
+        "self._to_end.append(call)\n        if",
+        "if",
+    ),
+    Break(
+        "a probe from before a failure that hangs is ended",
+        SessionWatch._look_at_call,
+        "self._to_end.append(call)\n                self",
+        "self",
+    ),
+    Break("reads that hang leave places", SessionWatch._reads_hang, " or len(hang) >= self.places.concurrency", ""),
+    Break("reads of one session leave places", SessionWatch._reads_hang, "hang.count(known.id) > 1 or ", ""),
+    Break(
+        "pending reads leave no entries an INTERVAL ahead",
+        Session._next,
+        "min(max(10.0, self.rules.round_s), self.rules.interval_s)",
+        "self.rules.interval_s",
     ),
     Break("a probe that hangs is no read that hangs", SessionWatch._look_at_call, "not call.answered or", ""),
     Break("350 calls a second at most", Allowance.spend, "self._left -= 1.0", "pass"),
@@ -590,6 +621,20 @@ BREAKS = [
         CONN_TESTS,
     ),
     Break(
+        "a fault of the look keeps nobody out",
+        Prober._bytes_may_land,
+        "except Exception as fault:",
+        "except ZeroDivisionError as fault:",
+        CONN_TESTS,
+    ),
+    Break(
+        "a fault of the reader keeps nobody out",
+        Prober._begin_reads,
+        "except Exception as fault:",
+        "except ZeroDivisionError as fault:",
+        CONN_TESTS,
+    ),
+    Break(
         "reads that work too soon let nobody in",
         Reads.look,
         "if self.too_soon and",
@@ -612,6 +657,13 @@ BREAKS = [
     ),
     Break(
         "a request to read does not count", LateBytes._ports, "to_send >= self._LEAST_BYTES", "True", LATE_BYTES_TESTS
+    ),
+    Break(
+        "a name that is no text hides nothing",
+        late_bytes._own_sockets,
+        "status.read()",
+        "status.read().decode().encode()",
+        LATE_BYTES_TESTS,
     ),
     Break("a closed window does not count", LateBytes._ports, "timer == _SENDS_AGAIN and", "", LATE_BYTES_TESTS),
     Break("what is sent once does not count", LateBytes._ports, " and again:", ":", LATE_BYTES_TESTS),
@@ -881,6 +933,20 @@ BREAKS = [
         Prober._hand_over,
         "                except Exception as raised:  # the other",
         "                except ZeroDivisionError as raised:  # the other",
+    ),
+    Break(
+        "calls that a fault kept from being made are made after it",
+        Prober.run,
+        "self.watch.calls_lost()",
+        "pass",
+        CONN_TESTS,
+    ),
+    Break(
+        "session_lock is taken anew for each read that ended",
+        Prober._hand_over,
+        "        for call, verdict, why, held_up in shown:\n            with self._lock:",
+        "        with self._lock:\n            for call, verdict, why, held_up in shown:",
+        CONN_TESTS,
     ),
     Break(
         "idle threads beyond concurrency end",

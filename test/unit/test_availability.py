@@ -226,6 +226,16 @@ def test_a_peer_that_fails_once_in_a_while_for_a_local_reason_is_nearly_always_u
     assert an_hour(OurLoop(peer), by_use(every_s)).in_use >= at_least
 
 
+@pytest.mark.parametrize("peer", [DATA_PORT_REJECTED, READS_NEVER_END], ids=["reads fail", "reads never end"])
+@pytest.mark.parametrize("every_s", [40.0, 100.0, 130.0])
+def test_a_peer_that_cannot_be_read_and_has_bad_moments_is_used_more_than_with_a_fixed_loop(
+    peer: Peer, every_s: float
+) -> None:
+    """In which its first use fails, too, or while it is being read at the end of its probation."""
+    ours = an_hour(OurLoop(peer), in_windows(2, every_s)).in_use
+    assert ours >= fixed_loop_in_use(lambda: in_windows(2, every_s))
+
+
 @pytest.mark.parametrize("every_s", [5.0, 12.0, 20.0, 100.0])
 def test_a_healthy_peer_whose_reads_are_always_slow_is_used_more_than_with_a_fixed_loop(every_s: float) -> None:
     ours = an_hour(OurLoop(Peer(read_takes=0.5)), by_use(every_s)).in_use

@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import copy
 import enum
 import gc
+import itertools
 import logging
 import os
 import queue
@@ -44,6 +46,7 @@ from sglang.srt.disaggregation.mooncake import (
     conn,
     late_bytes,
     probe_schedule,
+    probe_workers,
     rdma_waits,
     session_probe,
     session_states,
@@ -1268,6 +1271,59 @@ def test_an_answer_that_cannot_be_taken_in_costs_the_others_nothing_and_is_asked
     assert wait_until(lambda: not blacklisted(manager)), "sessions whose answer was lost are never asked again"
     assert watch_of(manager).in_flight() == 0
     assert caplog.text.count("MemoryError: none left") == 1
+
+
+@pytest.mark.parametrize("ours", [(late_bytes.LateBytes, "may_land"), (MemoryReader, "begin")], ids=["look", "read"])
+def test_a_fault_before_reads_or_in_them_leaves_the_answer_to_the_probe(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ours: tuple[type, str]
+) -> None:
+    monkeypatch.setattr(*ours, lambda *_: raises(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a fault of our own"))())
+    manager = make_manager(Engine())
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: not blacklisted(manager)), "it answers, and stays out for good"
+    assert caplog.text.count("UnicodeDecodeError: ") == 1
+
+
+@pytest.mark.parametrize("ours", [(probe_workers.Workers, "start"), (SessionWatch, "next_due_in")], ids=str)
+def test_calls_that_a_fault_kept_from_being_made_are_made_when_it_is_over(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ours: tuple[type, str]
+) -> None:
+    monkeypatch.setattr(conn, "_PAUSE_AFTER_FAULT_S", 0.1)
+    manager = make_manager(Engine())
+    with monkeypatch.context() as fault:
+        fault.setattr(*ours, lambda *_: raises(RuntimeError("a fault of our own"))())
+        blacklist(manager, *many(12))
+        assert wait_until(lambda: "a fault of our own" in caplog.text)
+    assert wait_until(lambda: not blacklisted(manager)), "sessions whose call was never made are never asked again"
+    assert watch_of(manager).in_flight() == 0
+
+
+def test_session_lock_is_taken_anew_for_each_of_many_reads_that_end_at_once(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over RDMA each looks whether other machines have registered, and there may be thousands."""
+    taken = itertools.count()
+    told: list[int] = []
+    read = SessionWatch.read
+
+    class Lock(type(threading.RLock())):  # type: ignore[misc]
+        def __enter__(self) -> bool:
+            next(taken)
+            return bool(super().__enter__())
+
+    engine = Engine(read=PENDING)
+    manager = make_manager(engine)
+    manager._failed_session_prober._lock = manager.session_lock = Lock()
+    monkeypatch.setattr(SessionWatch, "read", lambda *of: (told.append(copy.copy(taken).__next__()), read(*of))[1])
+    sessions = many(10)
+    for session in sessions:
+        manager.register_decode(session, SOME_MEMORY)
+    blacklist(manager, *sessions)
+    assert wait_until(lambda: len(engine.batches) == 4 * len(sessions))
+    engine.read = 0
+    assert wait_until(lambda: len(told) >= len(sessions))
+    assert len(set(told)) == len(told), "requests wait until all of them are told"
 
 
 def test_a_metric_that_cannot_be_counted_holds_up_nobody_and_is_said_once(

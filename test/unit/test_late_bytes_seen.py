@@ -6,6 +6,7 @@ The messages are the kernel's own, of connections on loopback; only what it has 
 from __future__ import annotations
 
 import os
+import pathlib
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -130,6 +131,20 @@ def test_what_other_processes_send_is_no_sign(kernel: Kernel, connect: Callable[
     kernel.shows(connection)
     connection.close()
     assert not kernel.may_land("127.0.0.1:7001"), "a healthy peer stays out"
+
+
+def test_bytes_are_seen_though_the_name_of_the_process_is_cut_within_a_character(
+    kernel: Kernel, connect: Callable[[str], socket.socket]
+) -> None:
+    """The kernel keeps fifteen bytes of it."""
+    comm = pathlib.Path(f"/proc/self/task/{os.getpid()}/comm")
+    name = comm.read_bytes()
+    kernel.shows(connect("127.0.0.1"))
+    try:
+        comm.write_bytes(b"sglang-pr\xc3")
+        assert kernel.may_land("127.0.0.1:7001")
+    finally:
+        comm.write_bytes(name)
 
 
 def test_messages_that_sglang_sends_are_no_sign(kernel: Kernel, connect: Callable[[str], socket.socket]) -> None:

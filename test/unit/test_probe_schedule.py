@@ -533,6 +533,15 @@ def test_interval_holds_for_every_session_however_many_others_there_are(
     assert longest_unprobed_s(prober, peers) <= interval_s + LONGEST_BATCH_S, "it may have healed, nobody looks"
 
 
+def test_what_is_kept_of_a_peer_that_cannot_be_read_does_not_grow_with_interval() -> None:
+    prober = VirtualProber(interval_s=3600.0, max_interval_s=3600.0)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    for _ in range(600):
+        prober.run(1)
+        assert len(prober.watch._due._heap) < 20
+        assert prober.request(D)
+
+
 @pytest.mark.slow
 def test_interval_holds_for_1000_that_are_held() -> None:
     prober = VirtualProber(interval_s=5.0)

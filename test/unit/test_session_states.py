@@ -293,8 +293,19 @@ def test_an_answer_does_not_count_if_the_session_registered_and_failed_again_whi
     assert prober.request(D), "let in on an answer from before the newest failure"
 
 
-def test_a_session_whose_stale_answer_came_is_probed_anew_at_once() -> None:
+def test_a_probe_from_before_a_failure_that_hangs_is_ended_and_made_again() -> None:
     prober = VirtualProber()
+    prober.fail(D, peer=HUNG)
+    prober.run(6)
+    prober.becomes(D, HEALTHY)  # a new process behind a connection that is dead and says nothing
+    prober.fail(D)
+    prober.run(1.1)
+    assert prober.moments("ended", D) == [6.0]
+    assert not prober.request(D), "it waits until Mooncake gives up a probe whose answer does not count, a minute"
+
+
+def test_a_session_whose_stale_answer_came_is_probed_anew_at_once() -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
     prober.fail(D, peer=HUNG)
     prober.run(6)
     prober.fail(D)
@@ -524,6 +535,34 @@ def test_a_peer_to_which_the_kernel_always_sends_bytes_again_is_let_in_as_by_a_l
     assert prober.let_in(D) == [(pytest.approx(let_in_at, abs=1.1), "bytes of a failed transfer may still land")]
 
 
+@pytest.mark.parametrize("settle_s", [0.01, 20.0])
+def test_bytes_are_waited_for_as_long_as_a_loop_takes_whatever_settle_is(settle_s: float) -> None:
+    prober = VirtualProber(settle_s=settle_s)
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(29)
+    assert prober.request(D)
+    prober.run(3 if settle_s < 1 else 32)  # settled once, and then the first time after 30 s
+    assert prober.let_in(D)
+
+
+def test_bytes_are_waited_for_as_long_as_a_loop_takes_beside_many_others() -> None:
+    prober = VirtualProber()
+    prober.fail(*many("decode", 1000), peer=BYTES_MAY_LAND)
+    prober.run(40)
+    assert len(prober.seen(Event.RECOVERED)) == 1000, "each of many settles takes longer, and all of them are counted"
+
+
+def test_a_peer_that_cannot_be_read_now_and_then_is_let_in_though_the_kernel_sends_bytes_again_in_between() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    for _ in range(3):
+        prober.run(27.5)
+        prober.becomes(D, BYTES_MAY_LAND)
+        prober.run(1.5)
+        prober.becomes(D, DATA_PORT_REJECTED)
+    assert prober.let_in(D), "each time that it settles its time begins anew"
+
+
 def test_a_peer_that_worked_though_its_reads_had_waited_stays_out_while_the_kernel_sends_bytes_again() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=Peer(read_takes=0.2))
@@ -742,6 +781,35 @@ def test_a_call_that_cannot_be_ended_does_not_keep_its_session_out_of_the_next_o
     prober.run(1)
     assert prober.watch.in_flight() == 0
     assert not prober.request(D)
+
+
+def test_calls_whose_reads_hang_for_good_and_cannot_be_ended_do_not_pile_up() -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
+    prober.fail(D, peer=BEGIN_HANGS)
+    for _ in range(40):
+        wait_until_let_in(prober)
+        prober.run(0.5)
+        prober.request(D)
+        prober.run(12)
+        prober.request(D)
+        prober.fail(D)
+        assert prober.watch.in_flight() <= 3, "one session takes the places of all others"
+    prober.fail("well:1", peer=HEALTHY)
+    prober.run(1.1)
+    assert not prober.request("well:1")
+
+
+@pytest.mark.parametrize("hang", [16, 40, 100])
+def test_beside_calls_whose_reads_hang_for_good_and_cannot_be_ended_one_is_let_in_as_a_loop_would(hang: int) -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
+    prober.fail(*many("hangs", hang), peer=BEGIN_HANGS)
+    prober.run(5)
+    prober.fail("well:1", peer=HEALTHY)
+    prober.run(30.5)
+    assert not prober.request("well:1"), "calls that never return have all places"
+    assert prober.watch.in_flight() < 32
+    prober.run(60)
+    assert prober.moments("probe", "hangs:1") or prober.moments("read", "hangs:1")
 
 
 def test_a_call_that_is_to_read_and_whose_probe_hangs_is_answered_when_the_peer_resumes() -> None:
@@ -1298,6 +1366,18 @@ def test_verification_is_switched_off_once_however_many_probations_end_at_that_m
     assert len(prober.moments(Event.VERIFICATION_OFF)) == 1, "an operator is told more than once"
 
 
+def test_verification_stays_on_as_long_as_no_place_was_free_to_read_the_peer_again() -> None:
+    prober = VirtualProber(calls_can_be_ended=False)
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    prober.run(31)
+    prober.becomes(D, HEALTHY)
+    prober.fail(*many("hung", 100), peer=Peer(answers=False, takes=1000.0))
+    looks = prober.moments("read", D)
+    use_until(prober, 400)
+    assert prober.moments("read", D) == looks, "there was a place"
+    assert prober.watch.rules.verifying, "switched off, though nobody has tried to read"
+
+
 @pytest.mark.parametrize(
     "peer",
     [HEALTHY, Peer(read_takes=0.2), Peer(memory=Verdict.CANNOT_TELL), Peer(falls_silent=True)],
@@ -1445,7 +1525,7 @@ def test_one_long_transfer_that_fails_is_no_work() -> None:
 
 
 @pytest.mark.parametrize("peer", [DATA_PORT_REJECTED, READS_NEVER_END], ids=["reads fail", "reads hang"])
-def test_a_peer_that_worked_though_it_cannot_be_read_is_let_in_soon_until_its_first_use_fails(peer: Peer) -> None:
+def test_a_peer_that_worked_though_it_cannot_be_read_is_let_in_soon_until_three_first_uses_fail(peer: Peer) -> None:
     prober = VirtualProber()
     prober.fail(D, peer=peer)
     use_for(prober, 2)
@@ -1455,6 +1535,9 @@ def test_a_peer_that_worked_though_it_cannot_be_read_is_let_in_soon_until_its_fi
     assert first == pytest.approx(30, abs=1.2), "nobody knows it yet"
     assert second < first + 2 + 3.5, "reads that prove nothing keep a healthy peer out"
     assert third < second + 2 + 3.5, "reads that prove nothing keep a healthy peer out"
+    for _ in range(2):  # it has a bad moment
+        prober.fail(D)
+        assert wait_until_let_in(prober) < 6, "one failed use takes back what was learnt"
     prober.fail(D)
     assert wait_until_let_in(prober) > 100, "it is let in unverified again and again, and each costs a request"
 

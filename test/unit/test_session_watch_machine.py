@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call, Places
 from sglang.srt.disaggregation.mooncake.session_states import PROBATION_S, READ_HANGS_S, Verdict
-from sglang.srt.disaggregation.mooncake.session_watch import Event, SessionWatch
+from sglang.srt.disaggregation.mooncake.session_watch import NO_PLACE_TO_READ, Event, SessionWatch
 from sglang.srt.environ import FailedSessionProbeSettings
 from virtual_prober import (
     DATA_PORT_DROPPED,
@@ -110,7 +110,7 @@ class Known:
     uses: int = 0
     was_doubtful: bool = False  # let in unverified, or though its reads had waited to the last
     reads_mislead: bool = False  # it worked though it was let in unverified
-    waited_for_bytes: int = 0  # since its failure: that often, for SETTLE
+    bytes_since: Optional[float] = None  # it first settled again since its failure, because bytes could land
     was_too_soon: bool = False  # let in though bytes of a failed transfer could land
     bytes_mislead: bool = False  # it worked though it was let in too soon
     may_be_over: bool = False
@@ -129,7 +129,8 @@ class Known:
 
     def fails_again(self) -> None:
         """A transfer failed on probation: how its hold follows from what it has done since it was let in."""
-        self.reads_mislead = self.uses > 1 and self.was_doubtful
+        if self.uses > 1 or self.failed_first_uses > 1:
+            self.reads_mislead = self.uses > 1 and self.was_doubtful
         self.bytes_mislead = self.uses > 1 and self.was_too_soon
         self.relapses += 1
         if self.uses < 2:
@@ -175,7 +176,7 @@ class Onlooker:
         known.failed_at = known.asked_for_at = known.heard_of_at = entry.at
         known.answered_since = known.late_since = known.reads_since = known.proof = None
         known.fresh = set()
-        known.waited_for_bytes = 0
+        known.bytes_since = None
         known.no_read_before = known.read_by = 0.0
 
     def _note_registered(self, entry: Entry, known: Optional[Known]) -> None:
@@ -238,7 +239,8 @@ class Onlooker:
         assert call in self.in_flight
         a_place_was_wanted = len(self.in_flight) == 2 * CONCURRENCY and now >= call.made_at + Places.YOUNG_S - 0.001
         was_to_read = call.read and call.answered and now >= call.made_at + READ_HANGS_S - 0.001
-        assert a_place_was_wanted or was_to_read, f"the call to {entry.session} was ended for nothing"
+        is_void = known is not None and call not in known.fresh  # the answer counts no more, and a newer one is wanted
+        assert a_place_was_wanted or was_to_read or is_void, f"the call to {entry.session} was ended for nothing"
 
     def _note_answer(self, entry: Entry, known: Optional[Known]) -> None:
         call, answered = entry.detail
@@ -269,22 +271,23 @@ class Onlooker:
         if not known.blacklisted or known.reads_since is None:  # else it has fallen silent since
             return
         known.reads_since = None
+        waits = {Verdict.READABLE_TOO_SOON: self._waits_for_bytes, Verdict.READABLE_LATE: self._settles_again}
+        settles_again = waits.get(verdict)
         if verdict is Verdict.UNREADABLE:
             known.unreadable = True
             known.no_read_before = entry.at + LEAST_PAUSE_S
             known.read_by = entry.at + (max(PAUSE_S, INTERVAL_S) if known.was_gone else PAUSE_S)
-        elif verdict is Verdict.READABLE_TOO_SOON and self._waits_for_bytes(known):
-            known.waited_for_bytes += 1
-            known.answered_since = entry.at
-        elif verdict is Verdict.READABLE_LATE and self._settles_again(known, entry.at):
+        elif settles_again and settles_again(known, entry.at):
             known.answered_since = entry.at
         else:
             if verdict not in (Verdict.READABLE_LATE, Verdict.READABLE_TOO_SOON):
                 known.late_since = None
             known.proof = entry.at, verdict
 
-    def _waits_for_bytes(self, known: Known) -> bool:
-        return self.settle_s > 0 and not known.bytes_mislead and known.waited_for_bytes * self.settle_s < 30.0
+    def _waits_for_bytes(self, known: Known, now: float) -> bool:
+        if known.bytes_since is None:
+            known.bytes_since = now
+        return self.settle_s > 0 and not known.bytes_mislead and now < known.bytes_since + 30.0
 
     def _settles_again(self, known: Known, now: float) -> bool:
         if known.late_since is None:
@@ -301,7 +304,8 @@ class Onlooker:
             known.relapses, known.hold_s = relapses, float(relapses)
             known.failed_first_uses = relapses if known.uses < 2 else 0
             known.bytes_mislead = known.uses > 1 and known.was_too_soon
-            known.reads_mislead = known.uses > 1 and known.was_doubtful  # or it begins anew, and is let in later
+            if known.uses > 1:
+                known.reads_mislead = known.was_doubtful  # or it begins anew, and is let in later
         elif not known.is_new:
             known.fails_again()
         assert relapses == known.relapses, f"{entry.session} is not held as it should be"
@@ -337,7 +341,11 @@ class Onlooker:
             assert self.verifying
             opens_after_s = self.settle_s if known.reads_mislead else known.fails_open_after()
             assert answered_for >= opens_after_s - 0.001, f"{session} was let in too early unverified"
-            assert known.unreadable or self._hangs_since(session, known) <= entry.at - READ_HANGS_S + 0.001
+            if reason == NO_PLACE_TO_READ:
+                hang = [call for call in self.in_flight if call.read and entry.at >= call.made_at + READ_HANGS_S]
+                assert len(hang) >= min(CONCURRENCY, 2), f"{session} was not read, though there were places"
+            else:
+                assert known.unreadable or self._hangs_since(session, known) <= entry.at - READ_HANGS_S + 0.001
         known.blacklisted, known.used_at, known.let_in_at = False, None, entry.at
         known.uses, known.asked_for_at = 0, entry.at
         known.was_too_soon = reason == TOO_SOON

@@ -137,6 +137,8 @@ class _FailedSessionProber:
             except Exception as fault:
                 self._say_fault(fault)
                 self.shutdown.wait(_PAUSE_AFTER_FAULT_S)
+                with contextlib.suppress(Exception), self._lock:
+                    self.watch.calls_lost()
         self._wind_up()
         workers.close()
         try:
@@ -226,13 +228,25 @@ class _FailedSessionProber:
         rc = probe(self._engine, call.session)
         took_s = time.monotonic() - began
         call.answered = rc == 0
-        reads = self._reader.begin(call.session, too_soon) if call.read and call.answered else None
+        reads = self._begin_reads(call.session, too_soon) if call.read and call.answered else None
         return _probe_workers.Answer(call, rc, took_s, reads)
 
     def _bytes_may_land(self, session: str) -> bool:
-        """Over TCP: may bytes of a failed transfer still land? Runs on a worker thread."""
+        """Over TCP: may bytes of a failed transfer still land? Runs on a worker thread; raises nothing."""
         settles = self._settings.settle_s > 0 and not self.watch.rules.over_rdma
-        return settles and self._late_bytes.may_land(session)
+        try:
+            return settles and self._late_bytes.may_land(session)
+        except Exception as fault:  # the probe is made all the same
+            self._say_fault(fault)
+            return False
+
+    def _begin_reads(self, session: str, too_soon: bool) -> _session_probe.Reads:
+        """Begins to read a peer that has answered. Runs on a worker thread; raises nothing."""
+        try:
+            return self._reader.begin(session, too_soon)
+        except Exception as fault:  # ours, because what the engine raises is caught there: the answer counts
+            self._say_fault(fault)
+            return _session_probe.Reads.decided(_session_states.Verdict.CANNOT_TELL, "a fault of the probe itself")
 
     def _hand_over(self, answers: queue.SimpleQueue[Any], wait_s: Optional[float]) -> int:
         """Waits for answers, ``wait_s`` at most, and tells the watch of them and of reads that ended. Returns how many
@@ -251,14 +265,13 @@ class _FailedSessionProber:
             if answer.reads is not None:  # only now: another thread may look at once
                 self._pending.add(answer.call, answer.reads)
         shown = self._pending.look(self.watch.waits_for, most=_ANSWERS_AT_A_TIME)
-        if shown:
-            with self._lock:
-                for call, verdict, why, held_up in shown:
-                    try:
-                        self.watch.read(call, verdict, why, held_up)
-                    except Exception as raised:
-                        fault = raised
-                        self.watch.lost(call)
+        for call, verdict, why, held_up in shown:
+            with self._lock:  # for one at a time: over RDMA each may look through all registrations
+                try:
+                    self.watch.read(call, verdict, why, held_up)
+                except Exception as raised:
+                    fault = raised
+                    self.watch.lost(call)
         if fault is not None:
             self._say_fault(fault)
         for answer in received:

@@ -130,8 +130,8 @@ def _own_sockets() -> set[int]:
     own = set()
     with contextlib.suppress(OSError):
         readlink = ctypes.PyDLL(None).readlink
-        with open("/proc/self/status") as status:
-            found = re.search(r"^FDSize:\s*(\d+)", status.read(), re.MULTILINE)
+        with open("/proc/self/status", "rb") as status:  # the name of a thread there may be cut within a character
+            found = re.search(rb"^FDSize:\s*(\d+)", status.read(), re.MULTILINE)
         target = ctypes.create_string_buffer(64)
         for descriptor in range(int(found[1]) if found else 0):
             length = readlink(b"/proc/self/fd/%d" % descriptor, target, 64)

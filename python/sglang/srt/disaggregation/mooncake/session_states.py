@@ -122,6 +122,7 @@ class Session:
         "blacklisted",  # False: on probation
         "blacklisted_at",
         "bytes_mislead",  # it worked, though it was let in while bytes could land
+        "bytes_since",  # when it first settled again since its failure, because bytes could land; or None
         "due_at",  # for the schedule: a heap entry of this session with another time is outdated
         "failed_at",
         "failed_first_uses",  # how often in a row its first use has failed
@@ -154,7 +155,6 @@ class Session:
         "unreadable",  # why its memory could not be read in this outage, or None
         "used_at",  # on probation: when a request first used it
         "uses",
-        "waits_for_bytes",  # how often it has settled since its failure, because bytes could land
         "was_gone",  # a probe in this outage was refused: there may be a new process now
     )
 
@@ -182,7 +182,7 @@ class Session:
         self.answered_since: Optional[float] = None
         self.late_since: Optional[float] = None
         self.reads_since: Optional[float] = None
-        self.waits_for_bytes = 0
+        self.bytes_since: Optional[float] = None
         self.probe_said = self.reads_said = ""
         return ProbeAt(now)
 
@@ -263,7 +263,7 @@ class Session:
             self.has_turn = False
             return self._read_again(now)
         too_soon = verdict is Verdict.READABLE_TOO_SOON
-        if self._waits_for_bytes() if too_soon else self._settles_again(now, verdict):
+        if self._waits_for_bytes(now) if too_soon else self._settles_again(now, verdict):
             self.answered_since = now
             return self._next(now)
         self.is_too_soon = too_soon
@@ -310,6 +310,13 @@ class Session:
             return LetIn(unverified=_hang_for(now - self.probed_at))
         return ReadAt(now + READ_HANGS_S)
 
+    def cannot_read(self, now: float, why: str) -> None:
+        """It is about to be probed, and no reads may follow; they may a second later. If that goes on, it is let in
+        unverified.
+        """
+        self.unreadable = self.unreadable or why
+        self.read_again_at = now + max(READ_HANGS_S, self.rules.round_s)
+
     def _next(self, now: float) -> Decision:
         """What to do with a peer that answers."""
         assert self.answered_since is not None
@@ -326,20 +333,21 @@ class Session:
         if self.reads_since is None:
             return self._read_again(now)
         hangs_at = max(self._opens_at(), self.reads_since + READ_HANGS_S)
-        return ProbeAt(min(hangs_at, now + self.rules.interval_s))
+        # Reads mostly end at once: entries of the heap that are then outdated must not pile up for a long INTERVAL.
+        return ProbeAt(min(hangs_at, now + min(max(10.0, self.rules.round_s), self.rules.interval_s)))
 
-    def _waits_for_bytes(self) -> bool:
+    def _waits_for_bytes(self, now: float) -> bool:
         """True if it must settle once more, because the kernel sends bytes to its host again: they would land on the
         memory of the next request.
 
         They do up to as long after the heal as the fault lasted. This goes on for as long as a loop would take to let
         it in at most, and not at all if that misleads: the last time it worked, though it was let in meanwhile.
         """
-        settle_s = self.rules.settings.settle_s
-        if settle_s == 0 or self.bytes_mislead or self.waits_for_bytes * settle_s >= self.rules.loop_s:
+        if self.rules.settings.settle_s == 0 or self.bytes_mislead:
             return False
-        self.waits_for_bytes += 1
-        return True
+        if self.bytes_since is None:
+            self.bytes_since = now
+        return now < self.bytes_since + self.rules.loop_s
 
     def _settles_again(self, now: float, verdict: Verdict) -> bool:
         """True if it must settle once more, because its reads had to wait for a free connection.
@@ -448,16 +456,17 @@ class Session:
         if self.reads_since is None:
             self.reads_since = now
             return ReadAt(now)
-        if now < self.reads_since + self.rules.interval_s:
+        if now < self.reads_since + self.rules.interval_s or self.read_at < self.reads_since:  # it waits for a place
             return None
         return self._read_on_probation(now, Verdict.UNREADABLE)
 
     def is_past(self, now: float, registration: object) -> bool:
-        """True if its probation is over.
+        """True if its probation is over, and it is not being read at its end.
 
         Up to SGLang 0.5.21 a session that registers while it is not blacklisted is not reported: it is noticed here.
         """
-        return not self.blacklisted and (now >= self.ends_at() or registration is not self.registration)
+        is_over = now >= self.ends_at() and self.reads_since is None
+        return not self.blacklisted and (is_over or registration is not self.registration)
 
     def _read_on_probation(self, now: float, verdict: Verdict) -> Decision:
         """Healthy and unreadable for two whole probations proves that reads prove nothing; once may be an accident."""
@@ -481,7 +490,8 @@ class Session:
         """
         first_s, settings = 1.0, self.rules.settings
         worked = self.uses > 1
-        self.reads_mislead = worked and (self.unreadable is not None or self.late_since is not None)
+        if worked or self.failed_first_uses > 1:  # a peer that has a bad moment is let in twice within it
+            self.reads_mislead = worked and (self.unreadable is not None or self.late_since is not None)
         self.bytes_mislead = worked and self.is_too_soon
         if worked and self.last_used_at - self.used_at >= first_s:
             self.relapses = self.failed_first_uses = 0

@@ -40,6 +40,8 @@ BATCH = 32
 LISTEN_GAP_S = 0.3
 # After the session whose turn it is, in case it has no more need of it, the others of its machine are read.
 LATER_S = 1.0
+# Why a session is let in unverified that was not read.
+NO_PLACE_TO_READ = "earlier reads of its memory, or of others', have not ended"
 # How many sessions are remembered for which something was logged: memory must not grow with what comes from outside.
 SAID_LIMIT = 1000
 
@@ -120,7 +122,7 @@ class SessionWatch:
         self.places = Places(settings.concurrency)
         self._allowance = Allowance(settings.interval_s, clock())
         self._in_flight: dict[Any, Call] = {}  # by session: one at a time
-        self._read_hangs: list[Call] = []
+        self._to_end: list[Call] = []
         self._connecting_too_long: list[Call] = []
         self._neighbours: dict[str, dict[Session, None]] = {}  # by machine: sessions that take turns to be read
         self._listen_at = 0.0
@@ -228,8 +230,8 @@ class SessionWatch:
         now = self._clock()
         wanted = min(self._allowance.left(), self.places.concurrency)
         calls = self.places.oldest_hanging(now, self._due.due(now, wanted))
-        calls += [call for call in self._read_hangs if call in self.places]
-        self._read_hangs.clear()
+        calls += [call for call in self._to_end if call in self.places]
+        self._to_end.clear()
         for call in calls:
             call.end_tried_at = now
         return calls
@@ -382,6 +384,12 @@ class SessionWatch:
         if known is not None and known.blacklisted:
             self._carry_out(known, known.not_answered(now, refused=False), now)
 
+    def calls_lost(self) -> None:
+        """After a fault of our own: calls that no thread makes were perhaps never made."""
+        for call in list(self.places):
+            if not call.thread:
+                self.lost(call)
+
     def look(self) -> list[tuple[Session, Optional[Call]]]:
         """What is known of each session, and the call under way for it. Any thread, without the lock: some of it may
         change meanwhile.
@@ -453,11 +461,14 @@ class SessionWatch:
     def _look_at_call(self, known: Session, call: Call, now: float) -> None:
         """Has a call ended whose reads hang. A probe may hang: then it is answered as soon as the peer resumes."""
         if not call.read:
+            if call.generation != known.generation:  # its connection may be dead, and its answer counts no more
+                self._to_end.append(call)
+                self._due.probe_at(known, now + READ_HANGS_S)
             return
         if not call.answered or now < call.made_at + READ_HANGS_S:
             self._due.probe_at(known, now + READ_HANGS_S)
             return
-        self._read_hangs.append(call)
+        self._to_end.append(call)
         if call.generation == known.generation:
             self._carry_out(known, known.read_hangs(now), now)
         elif call.end_tried_at < call.made_at:
@@ -485,6 +496,9 @@ class SessionWatch:
         if read and known.blacklisted and (until := self._neighbour_is_read_until(known, now)):
             known.read_again_at = until
             read = False
+        if read and self._reads_hang(known, now):
+            known.cannot_read(now, NO_PLACE_TO_READ)
+            read = False
         call = Call(known.id, known.generation, now, read, listen, connects_by=known.connects_by(now))
         known.probed_at = now
         if read:
@@ -494,6 +508,13 @@ class SessionWatch:
         self._allowance.spend()
         self._in_flight[known.id] = call
         return call
+
+    def _reads_hang(self, known: Session, now: float) -> bool:
+        """True if calls that read, and hang, leave no place for its own: each session may have two, and all together
+        half of the places. They may never return where they cannot be ended.
+        """
+        hang = [call.session for call in self.places if call.read and now >= call.made_at + self.places.YOUNG_S]
+        return hang.count(known.id) > 1 or len(hang) >= self.places.concurrency
 
     def _come_back(self, call: Call, now: float) -> Optional[Session]:
         """The session, if there is no newer generation than the call's; else None, and that one is probed now."""
