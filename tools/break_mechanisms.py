@@ -30,8 +30,7 @@ from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
 from sglang.srt.disaggregation.mooncake.late_bytes import LateBytes
 from sglang.srt.disaggregation.mooncake.probe_schedule import Allowance, DueHeap, Places
 from sglang.srt.disaggregation.mooncake.probe_workers import Workers
-from sglang.srt.disaggregation.mooncake.rdma_waits import RdmaWaits, Samples
-from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads, _Page
+from sglang.srt.disaggregation.mooncake.session_probe import MemoryReader, PendingReads, Reads
 from sglang.srt.disaggregation.mooncake.session_states import Rules, Session
 from sglang.srt.disaggregation.mooncake.session_watch import Said, SessionWatch
 from sglang.srt.observability import failed_session_file as sessions_file
@@ -140,7 +139,7 @@ BREAKS = [
     ),
     Break("one that is read after its probation is not past", Session.is_past, " and self.reads_since is None", ""),
     Break("a probation is as long as any", Session.let_in, "self.requested_at = now", "pass"),
-    Break("a failure makes answers before it void", Session.failed, "self.answered_since: Optional[float] = None", ""),
+    Break("a failure makes answers before it void", Session.failed, "self.answered_since = self", "self"),
     Break("gap grows with the outage", Session._gap_s, "share_of_outage * (now - self.failed_at)", "0.0"),
     Break(
         "half a second between probes at most",
@@ -397,7 +396,7 @@ BREAKS = [
         "None if self.is_too_soon else unverified",
         "unverified",
     ),
-    Break("an outage begins without the last one's bytes", Session._begin_outage, "self.is_too_soon = False", "pass"),
+    Break("an outage begins without the last one's bytes", Session._begin_outage, "self.is_too_soon = self", "self"),
     Break("the transport is found out", Prober.run, "if _session_probe.is_over_rdma():", "if False:", CONN_TESTS),
     Break(
         "pause after a failed read",
@@ -449,7 +448,7 @@ BREAKS = [
     ),
     Break("hold forgotten after a quiet spell", Session.is_past, "is_over or", ""),
     Break("registration ends probation", Session.is_past, "or registration is not self.registration", ""),
-    Break("the data path is read in each outage", Session._begin_outage, "        self.unreadable = None\n", ""),
+    Break("the data path is read in each outage", Session._begin_outage, "self.unreadable = self", "self"),
     # All sessions.
     Break("generation check", SessionWatch._come_back, "if known.generation != call.generation:", "if False:"),
     Break("generation check, of reads", SessionWatch.waits_for, "and known.generation == call.generation", ""),
@@ -460,13 +459,13 @@ BREAKS = [
         "Entry(at, next(self._ties), session, False)",
         "Entry(at, -next(self._ties), session, False)",
     ),
-    Break("limit of young calls", Places.free_now, "self.concurrency - len(self._young)", "self.most"),
+    Break("limit of young calls", Places.free_now, "self.concurrency - len(self._young(now))", "self.most"),
     Break("limit of calls under way", Places.free_now, "self.most - len(self)", "self.most"),
     Break(
         "calls that hang make room for young ones",
-        Places.age,
-        "            self._hanging[call] = None\n",
-        "            self._young[call] = None\n            break\n",
+        Places._young,
+        "now < call.made_at + self.YOUNG_S",
+        "True",
     ),
     Break(
         "calls that hang are ended when a place is wanted",
@@ -492,8 +491,14 @@ BREAKS = [
         "self._to_end.append(call)\n                self",
         "self",
     ),
-    Break("reads that hang leave places", SessionWatch._reads_hang, " or len(hang) >= self.places.concurrency", ""),
-    Break("reads of one session leave places", SessionWatch._reads_hang, "hang.count(known.id) > 1 or ", ""),
+    Break(
+        "reads that hang leave places",
+        SessionWatch._reads_in_the_way,
+        "reading if len(reading) >= self.places.most_reading else []",
+        "[]",
+    ),
+    Break("reads of one session leave places", SessionWatch._reads_in_the_way, "if len(own) > 1", "if False"),
+    Break("reads that are in the way are ended", SessionWatch._call, "self._to_end += [", "_ = ["),
     Break(
         "pending reads leave no entries an INTERVAL ahead",
         Session._next,
@@ -533,9 +538,7 @@ BREAKS = [
     Break("a failure wakes the loop", SessionWatch.failed, "        self._wake()\n", ""),
     Break("the loop hears of a registration", SessionWatch.left, "            self._wake()", "            pass"),
     Break("an unreadable peer is told once", SessionWatch.read, "and known.unreadable is None:", ":"),
-    Break(
-        "each is looked at once whether it has connected", Places.not_connected, "del self._connecting[call]", "pass"
-    ),
+    Break("each is looked at once whether it has connected", Places.not_connected, "call.connects_by = NEVER", "pass"),
     Break(
         "the loop wakes for a probe that has not connected",
         SessionWatch.next_due_in,
@@ -546,8 +549,8 @@ BREAKS = [
     Break(
         "looks three times a second at most",
         SessionWatch._call,
-        "max(known.listen_at, self._listen_at)",
-        "known.listen_at",
+        ", self._listen_at)",
+        ")",
     ),
     Break(
         "registration takes off the blacklist",
@@ -595,8 +598,8 @@ BREAKS = [
     Break(
         "no thread is looked at while no read is pending",
         PendingReads.look,
-        "self.over_rdma and self._looks:",
-        "self.over_rdma:",
+        "self.over_rdma and self._looks and",
+        "self.over_rdma and",
         PROBE_TESTS,
     ),
     Break(
@@ -685,7 +688,7 @@ BREAKS = [
     Break(
         "the kernel is asked four times a second",
         LateBytes._look,
-        "self._clock() >= seen.until",
+        "self._clock() >= until",
         "True",
         LATE_BYTES_TESTS,
     ),
@@ -706,17 +709,17 @@ BREAKS = [
     ),
     Break(
         "threads are looked at twice a second",
-        RdmaWaits.sample,
-        "if now < self._next_at:",
-        "if False:",
-        RDMA_WAITS_TESTS,
+        PendingReads.look,
+        " and now >= self._sample_at",
+        "",
+        PROBE_TESTS,
     ),
     Break(
         "what is not known counts as waiting",
-        Samples.share_since,
-        "if looks else 1.0",
-        "if looks else 0.0",
-        RDMA_WAITS_TESTS,
+        Reads.held_up,
+        "if self.samples else 1.0",
+        "if self.samples else 0.0",
+        PROBE_TESTS,
     ),
     Break(
         "a thread that waits for a peer's handshake is seen",
@@ -741,31 +744,19 @@ BREAKS = [
     ),
     Break(
         "a refused page is registered later",
-        MemoryReader._scratch_for,
-        "self._clock() >= self._refused_at + self._REGISTER_AGAIN_S",
-        "not self._refused_why",
+        MemoryReader._has_page,
+        "self._clock() < self._refused_at + self._REGISTER_AGAIN_S",
+        "self._refused_why",
         PROBE_TESTS,
     ),
-    Break("a refused page is said once", MemoryReader._register_page, "if not was_refused:", "if True:", PROBE_TESTS),
-    Break("a page stays while reads are pending", _Page.leave, "not self._abandoned and", "", PROBE_TESTS),
-    Break("a page stays where nobody can tell", _Page.leave, "not self._unsure and", "", PROBE_TESTS),
-    Break("a page stays while reads are being begun", _Page._forget_ended, "reads.begun and", "", PROBE_TESTS),
+    Break("a refused page is said once", MemoryReader._has_page, "if not was_refused:", "if True:", PROBE_TESTS),
     Break(
-        "a page that stays serves the next reader",
-        _Page.leave,
-        "self._left.append((mooncake, self))",
+        "one page for one reader after another",
+        MemoryReader._has_page,
+        "_page_is_registered_with[id(mooncake)] = mooncake",
         "pass",
         PROBE_TESTS,
     ),
-    Break("one page after another", _Page.leave, "                self.spare.append(self)\n", "", PROBE_TESTS),
-    Break(
-        "reads left by an earlier reader are looked at",
-        _Page.leave,
-        "            reads.look()\n",
-        "            pass\n",
-        PROBE_TESTS,
-    ),
-    Break("reads that have ended are forgotten", _Page.add, "            self._forget_ended()\n", "", PROBE_TESTS),
     Break(
         "unknown addresses fail nothing",
         MemoryReader._address_of,
@@ -872,7 +863,6 @@ BREAKS = [
         "",
         CONN_TESTS,
     ),
-    Break("the page is deregistered at a stop", Prober.run, "        self._reader.close()\n", "", CONN_TESTS),
     Break(
         "calls that hang are ended at a stop",
         Prober._wind_up,
@@ -944,8 +934,8 @@ BREAKS = [
     Break(
         "session_lock is taken anew for each read that ended",
         Prober._hand_over,
-        "        for call, verdict, why, held_up in shown:\n            with self._lock:",
-        "        with self._lock:\n            for call, verdict, why, held_up in shown:",
+        "        for call, verdict, reads in shown:\n            with self._lock:",
+        "        with self._lock:\n            for call, verdict, reads in shown:",
         CONN_TESTS,
     ),
     Break(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import pathlib
 import sys
 import threading
@@ -37,14 +36,7 @@ class _NewModules(importlib.abc.MetaPathFinder):
         _, wanted = PATCHED.get(fullname, ("", ""))
         if not fullname.startswith("sglang.") or wanted:
             return None  # a file that changes a class of SGLang's is no module without it
-        file = file_of(fullname)
-        if file.is_file():
-            return importlib.util.spec_from_file_location(fullname, file)
-        if file.with_suffix("").is_dir():
-            spec = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
-            spec.submodule_search_locations = [str(file.with_suffix(""))]
-            return spec
-        return None
+        return importlib.machinery.PathFinder.find_spec(fullname, [str(file_of(fullname).parent)])
 
 
 class Patch:

@@ -228,7 +228,7 @@ def test_a_row_is_whole_whatever_becomes_of_its_session_meanwhile() -> None:
                 watch._let_in(known, 0.0, None)
                 assert session not in watch.sessions
                 watch.sessions.add(session)
-                known.reading(0.0)
+                known.answered(0.0, reading=True)
 
     thread = threading.Thread(target=others)
     thread.start()

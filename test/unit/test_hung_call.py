@@ -469,7 +469,7 @@ def line(number: int, first: int, second: int) -> str:
 def test_a_call_that_waits_for_a_descriptor_is_known_by_its_number_on_each_machine(
     machine: str, number: int, call: str
 ) -> None:
-    wait = hung_call._parsed(line(number, 42, 0x7F8C1DED3AD0), machine)
+    wait = hung_call._wait_in(line(number, 42, 0x7F8C1DED3AD0), machine)
     assert wait == (call, "0x7f8c1dbaea10", "0x7f8c1e328974", 42)
 
 
@@ -481,9 +481,9 @@ def test_a_poll_of_one_descriptor_is_known_on_each_machine_and_one_of_several_is
         _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
 
     asked = PollDescriptor(43, 1, 0)
-    wait = hung_call._parsed(line(number, ctypes.addressof(asked), 1), machine)
+    wait = hung_call._wait_in(line(number, ctypes.addressof(asked), 1), machine)
     assert wait == (call, "0x7f8c1dbaea10", "0x7f8c1e328974", 43)
-    assert hung_call._parsed(line(number, ctypes.addressof(asked), 2), machine) is None
+    assert hung_call._wait_in(line(number, ctypes.addressof(asked), 2), machine) is None
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_a_poll_of_one_descriptor_is_known_on_each_machine_and_one_of_several_is
     ],
 )
 def test_whatever_else_a_thread_does_is_no_wait_for_a_peer(machine: str, text: str) -> None:
-    assert hung_call._parsed(text, machine) is None
+    assert hung_call._wait_in(text, machine) is None
 
 
 def test_a_poll_whose_memory_is_gone_is_no_wait_for_a_peer(

@@ -8,13 +8,12 @@ import pathlib
 import platform
 import socket
 import threading
-from collections.abc import Collection, Iterator
-from typing import Optional
+from collections.abc import Iterator
 
 import pytest
 from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake import hung_call, rdma_waits
-from sglang.srt.disaggregation.mooncake.rdma_waits import RdmaWaits, Samples, a_thread_waits
+from sglang.srt.disaggregation.mooncake.rdma_waits import a_thread_waits
 
 D = "decode:7001"
 POLL = {"x86_64": 7, "aarch64": 73}  # of one descriptor, in ``line`` below
@@ -152,38 +151,3 @@ def test_nothing_is_known_where_the_kernel_does_not_tell(
 
 def test_nothing_is_known_on_a_machine_whose_calls_we_have_not_looked_up(devices: pathlib.Path) -> None:
     assert a_thread_waits([], "riscv64") is None
-
-
-class Threads:
-    """Whether one of them waits, at each look."""
-
-    def __init__(self, waits: Optional[bool]) -> None:
-        self.waits = waits
-        self.looks = 0
-
-    def __call__(self, sessions: Collection[str]) -> Optional[bool]:
-        assert list(sessions) == [D]
-        self.looks += 1
-        return self.waits
-
-
-def test_it_is_looked_twice_a_second_however_often_it_is_wanted() -> None:
-    """With five hundred threads, one look takes five milliseconds."""
-    now, threads = [0.0], Threads(waits=True)
-    waits = RdmaWaits(lambda: now[0], threads)
-    for now[0] in (step * 0.05 for step in range(200)):
-        waits.sample(lambda: [D])
-    assert threads.looks == pytest.approx(20, abs=1)
-
-
-def test_the_share_of_the_time_is_told_for_which_a_thread_has_waited() -> None:
-    assert Samples(12, 5).share_since(Samples(2, 1)) == 0.4
-    assert Samples(12, 5).share_since(Samples(2, 5)) == 0.0
-
-
-def test_where_nothing_is_known_a_thread_counts_as_waiting() -> None:
-    now = [0.0]
-    waits = RdmaWaits(lambda: now[0], Threads(waits=None))
-    for now[0] in range(10):
-        waits.sample(lambda: [D])
-    assert waits.samples.share_since(Samples(0, 0)) == 1.0

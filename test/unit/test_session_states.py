@@ -812,6 +812,18 @@ def test_beside_calls_whose_reads_hang_for_good_and_cannot_be_ended_one_is_let_i
     assert prober.moments("probe", "hangs:1") or prober.moments("read", "hangs:1")
 
 
+@pytest.mark.parametrize("hang", [16, 100, 300])
+def test_beside_calls_whose_reads_hang_and_can_be_ended_one_is_let_in_soon(hang: int) -> None:
+    prober = VirtualProber()
+    prober.fail(*many("hangs", hang), peer=BEGIN_HANGS)
+    prober.run(5)
+    prober.fail("well:1", peer=HEALTHY)
+    prober.run(2.5)
+    assert prober.let_in("well:1") == [(pytest.approx(6.5, abs=1.0), None)], "calls that hang have all places"
+    ended_after_s = [entry.at - entry.detail.made_at for entry in prober.seen("ended")]
+    assert hang == 16 or min(ended_after_s) < 0.5, "others wait a second for their places"
+
+
 def test_a_call_that_is_to_read_and_whose_probe_hangs_is_answered_when_the_peer_resumes() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=HEALTHY)

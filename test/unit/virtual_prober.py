@@ -101,8 +101,7 @@ class VirtualProber:
             jitter=lambda: jitter,
             wake=self._wake,
             on_removed=self.removed.append,
-            registration=self.registrations.get,
-            registered=lambda: self.registrations,
+            registrations=lambda: self.registrations,
             transfer_timeout_s=transfer_timeout_s,
         )
         self.sessions = self.watch.sessions

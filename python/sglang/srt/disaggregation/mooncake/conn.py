@@ -93,7 +93,7 @@ class _FailedSessionProber:
         self._log = _session_log.FailedSessionLog(self._can_probe)
         self._late_bytes = _late_bytes.LateBytes(lambda: _other_ports(manager))
         self._reader = _session_probe.MemoryReader(
-            manager.engine, lambda session: _registration(manager, session), self._log.page_refused
+            manager.engine, lambda session: _registrations(manager).get(session), self._log.page_refused
         )
         self._pending = _session_probe.PendingReads()
         self._thread: Optional[threading.Thread] = None
@@ -109,8 +109,7 @@ class _FailedSessionProber:
             manager.failed_sessions,
             wake=functools.partial(self._inbox.put, None),
             on_removed=lambda session: manager.session_failures.pop(session, None),
-            registration=lambda session: _registration(manager, session),
-            registered=lambda: getattr(manager, "decode_kv_args_table", ()),
+            registrations=lambda: _registrations(manager),
             transfer_timeout_s=_session_probe.transfer_timeout_s(),
         )
         _probers.add(self)
@@ -148,7 +147,6 @@ class _FailedSessionProber:
             self._say_fault(fault)
         self.metrics.stop()
         self._file.remove()
-        self._reader.close()
 
     def _wind_up(self) -> None:
         """Takes in the calls and reads that are about to return, and ends the other calls."""
@@ -265,10 +263,10 @@ class _FailedSessionProber:
             if answer.reads is not None:  # only now: another thread may look at once
                 self._pending.add(answer.call, answer.reads)
         shown = self._pending.look(self.watch.waits_for, most=_ANSWERS_AT_A_TIME)
-        for call, verdict, why, held_up in shown:
+        for call, verdict, reads in shown:
             with self._lock:  # for one at a time: over RDMA each may look through all registrations
                 try:
-                    self.watch.read(call, verdict, why, held_up)
+                    self.watch.read(call, verdict, reads.why, reads.held_up())
                 except Exception as raised:
                     fault = raised
                     self.watch.lost(call)
@@ -373,14 +371,14 @@ def _hold_threads_that_terminate() -> None:
         set_terminate(pause)
 
 
-def _registration(manager: Any, session: Any) -> Any:
-    """What the peer of a session has registered, a new object with each registration; None if nothing is known."""
-    return getattr(manager, "decode_kv_args_table", {}).get(session)
+def _registrations(manager: Any) -> Any:
+    """What peers have registered, by session: a new object with each registration."""
+    return getattr(manager, "decode_kv_args_table", {})
 
 
 def _other_ports(manager: Any) -> set[Any]:
     """The ports of decode nodes to which no blocks go: for SGLang's messages, and for handshakes."""
-    registrations = dict(getattr(manager, "decode_kv_args_table", {}))
+    registrations = dict(_registrations(manager))
     message_ports = {getattr(registration, "dst_port", None) for registration in registrations.values()}
     sessions = filter(_session_watch.is_session_id, registrations)
     return message_ports | {int(session.rpartition(":")[2]) for session in sessions}

@@ -98,29 +98,18 @@ def wait_of(thread: int, machine: str = platform.machine()) -> Optional[Wait]:
 
 
 def _wait_in(line: str, machine: str) -> Optional[Wait]:
-    try:
-        return _parsed(line, machine)
-    except (OSError, ValueError, struct.error):  # its memory is gone, or may not be read
-        return None
-
-
-def _parsed(text: str, machine: str) -> Optional[Wait]:
-    words = text.split()
+    words = line.split()
     if len(words) < 9:  # "running", or waiting in no system call
         return None
-    number, first, second = int(words[0]), int(words[1], 16), int(words[2], 16)
     *_, stack_pointer, instruction = words
-    if name := WAIT_FOR_DESCRIPTOR.get(machine, {}).get(number):
-        return Wait(name, stack_pointer, instruction, first)
-    if (name := WAIT_IN_POLL.get(machine, {}).get(number)) and second == 1:
-        return Wait(name, stack_pointer, instruction, _descriptor_at(first))
+    with contextlib.suppress(OSError, ValueError, struct.error):  # its memory is gone, or may not be read
+        number, first, second = int(words[0]), int(words[1], 16), int(words[2], 16)
+        if name := WAIT_FOR_DESCRIPTOR.get(machine, {}).get(number):
+            return Wait(name, stack_pointer, instruction, first)
+        if (name := WAIT_IN_POLL.get(machine, {}).get(number)) and second == 1:
+            (descriptor,) = struct.unpack("i", bytes_at("/proc/self/mem", first, 4))
+            return Wait(name, stack_pointer, instruction, descriptor)
     return None
-
-
-def _descriptor_at(address: int) -> int:
-    """The descriptor of the struct pollfd there. Read through /proc, because the memory may be gone by now."""
-    (descriptor,) = struct.unpack("i", bytes_at("/proc/self/mem", address, 4))
-    return int(descriptor)
 
 
 def bytes_at(path: str, offset: int, number: int) -> bytes:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ipaddress
+import math
 import re
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
 
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP = 4, 20, 0x301
 # In which a connection may have bytes to send: ESTABLISHED, FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING.
@@ -58,7 +58,7 @@ class LateBytes:
         self._clock = clock
         self._cpu_clock = cpu_clock
         self._lock = threading.Lock()
-        self._seen: dict[int, _Seen] = {}  # by family
+        self._seen: dict[int, tuple[dict[bytes, set[int]], float]] = {}  # by family; until when
 
     def may_land(self, session: str) -> bool:
         """True if the kernel sends bytes to the peer's host again that this process has given it, or on a connection
@@ -76,14 +76,14 @@ class LateBytes:
     def _look(self, family: int) -> dict[bytes, set[int]]:
         """To which addresses and ports bytes are sent again; a moment ago, or now."""
         with self._lock:
-            seen = self._seen.get(family)
-            if seen is None or self._clock() >= seen.until:
+            ports, until = self._seen.get(family, ({}, -math.inf))
+            if self._clock() >= until:
                 began = self._cpu_clock()
                 ports = self._ports(family)
                 took_s = self._cpu_clock() - began
                 pause_s = min(max(self.LOOK_EVERY_S, self.PAUSE_PER_CPU_S * took_s), self.LONGEST_PAUSE_S)
-                seen = self._seen[family] = _Seen(ports, self._clock() + pause_s)
-            return seen.ports
+                self._seen[family] = ports, self._clock() + pause_s
+            return ports
 
     def _ports(self, family: int) -> dict[bytes, set[int]]:
         length = 4 if family == socket.AF_INET else 16
@@ -101,11 +101,6 @@ class LateBytes:
             if inode == 0 or inode in own:  # 0: it was closed
                 ports.setdefault(address, set()).add(port)
         return ports
-
-
-class _Seen(NamedTuple):
-    ports: dict[bytes, set[int]]
-    until: float  # then it is time to look again
 
 
 def _connections(family: int) -> Iterator[bytes]:

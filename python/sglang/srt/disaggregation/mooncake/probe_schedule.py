@@ -100,64 +100,61 @@ class Places:
 
     def __init__(self, concurrency: int) -> None:
         self.concurrency = concurrency
-        self._young: dict[Call, None] = {}  # in the order in which they were made
-        self._hanging: dict[Call, None] = {}
-        self._connecting: dict[Call, None] = {}  # for all we know, in the order of ``connects_by``
+        self._calls: dict[Call, None] = {}  # in the order in which they were made
 
     @property
     def most(self) -> int:
         return 2 * self.concurrency
 
+    @property
+    def most_reading(self) -> int:
+        """How many calls may read: they may never return, and be such as cannot be ended."""
+        return self.most - max(1, self.concurrency // 4)
+
     def __len__(self) -> int:
-        return len(self._young) + len(self._hanging)
+        return len(self._calls)
 
     def __iter__(self) -> Iterator[Call]:
-        return itertools.chain(self._hanging, self._young)
-
-    def __contains__(self, call: object) -> bool:
-        return call in self._hanging or call in self._young
+        return iter(self._calls)
 
     def take(self, call: Call) -> None:
-        self._young[call] = None
-        if call.connects_by < NEVER:
-            self._connecting[call] = None
+        self._calls[call] = None
 
     def free(self, call: Call) -> None:
-        for calls in (self._young, self._hanging, self._connecting):
-            calls.pop(call, None)
+        self._calls.pop(call, None)
 
-    def age(self, now: float) -> None:
-        """Calls that are no longer young hang."""
-        for call in list(itertools.takewhile(lambda call: now >= call.made_at + self.YOUNG_S, self._young)):
-            del self._young[call]
-            self._hanging[call] = None
+    def _young(self, now: float) -> list[Call]:
+        """The calls that do not hang yet, the newest first."""
+        return list(itertools.takewhile(lambda call: now < call.made_at + self.YOUNG_S, reversed(self._calls)))
 
-    def free_now(self) -> int:
+    def free_now(self, now: float) -> int:
         """How many more calls may be made."""
-        return min(self.concurrency - len(self._young), self.most - len(self))
+        return min(self.concurrency - len(self._young(now)), self.most - len(self))
 
     def oldest_hanging(self, now: float, wanted: int) -> list[Call]:
         """The calls to end so that ``wanted`` more places become free, without those that are being ended already."""
         if len(self) < self.most:
             return []
-        calls = itertools.islice(self._hanging, wanted)
-        return [call for call in calls if now >= call.end_tried_at + self.TRY_AGAIN_S]
+        hanging = itertools.takewhile(lambda call: now >= call.made_at + self.YOUNG_S, self._calls)
+        may_be_tried = {call: now >= call.end_tried_at + self.TRY_AGAIN_S for call in hanging}
+        can_end = [call for call, may in may_be_tried.items() if may or call.ended]
+        return [call for call in can_end[:wanted] if may_be_tried[call]]
 
     def connects_by(self) -> float:
         """When ``not_connected`` has a call, NEVER if none has to connect by any time."""
-        return next(iter(self._connecting)).connects_by if self._connecting else NEVER
+        return min((call.connects_by for call in self._calls), default=NEVER)
 
     def not_connected(self, now: float) -> list[Call]:
         """The calls that are to be connected by now, if they are still under way; each of them once."""
-        calls = list(itertools.takewhile(lambda call: now >= call.connects_by, self._connecting))
+        calls = [call for call in self._calls if now >= call.connects_by]
         for call in calls:
-            del self._connecting[call]
+            call.connects_by = NEVER
         return calls
 
     def free_at(self, now: float) -> float:
         """When there may be a place, if no call returns before."""
-        if len(self) < self.most and self._young:
-            return next(iter(self._young)).made_at + self.YOUNG_S
+        if len(self) < self.most and (young := self._young(now)):
+            return young[-1].made_at + self.YOUNG_S
         return now + self.TRY_AGAIN_S
 
 

@@ -18,8 +18,9 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, ClassVar, NamedTuple, Optional
+from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake import rdma_waits, tent_probe
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
@@ -38,6 +39,12 @@ NO_ANSWER, UNKNOWN_HOST = -102, -101
 CUT_SHORT = -1000
 # A probe that is answered, refused or cut short comes back in a millisecond or less.
 REFUSED_WITHIN_S = 1.0
+# All reads write to this page, and nobody looks at it. It is never freed, and stays registered with an engine, because
+# a read that seems to be over may still write there.
+_page = mmap.mmap(-1, mmap.PAGESIZE)
+_PAGE = ctypes.addressof(ctypes.c_char.from_buffer(_page))
+_page_is_registered_with: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by its id
+_page_lock = threading.Lock()
 
 
 def mooncake_engine(engine: Any) -> Any:
@@ -152,10 +159,8 @@ class Reads:
         self.verdict: Optional[Verdict] = None
         self._late = False
         self.why = ""
-        self.begun = True  # False while more of them are being begun
-        self.unsure = False  # True if the engine returned something unknown: a read may still be writing
         self.too_soon = False  # when they were begun, bytes of a failed transfer could still land
-        self.samples_before = rdma_waits.Samples(0, 0)  # when they were begun
+        self.samples = self.held_up_in = 0  # over RDMA: how often it was looked whether a thread waits, and one did
 
     @classmethod
     def decided(cls, verdict: Verdict, why: str = "") -> Reads:
@@ -192,17 +197,20 @@ class Reads:
         """True if none is pending. Mooncake frees a batch only when a look finds it ended, so look until then."""
         return not self._pending
 
+    def held_up(self) -> float:
+        """The share of their time for which transfers to others may have had to wait; 1 where it is not known."""
+        return self.held_up_in / self.samples if self.samples else 1.0
+
     def age_s(self) -> float:
         """Seconds since they were begun."""
         return self._clock() - self._begun_at
 
     def _has_ended(self, batch: int) -> bool:
-        failed, timed_out = -1, -2  # Mooncake still holds a batch that has timed out
+        timed_out = -2  # Mooncake still holds such a batch
         status, why = _returned(lambda: self._check_status(batch))
         if type(status) is int and status in (0, 1):
             return status == 1
         self.failed(why)
-        self.unsure |= status not in (failed, timed_out)
         return bool(status != timed_out)
 
 
@@ -216,7 +224,7 @@ def _returned(read: Callable[[], Any]) -> tuple[Any, str]:
 
 
 class MemoryReader:
-    """Reads a few bytes of a peer's registered memory into a scratch page of this process, which nobody looks at.
+    """Reads a few bytes of a peer's registered memory into a page of this process.
 
     ``registration(session)`` gives what the peer has registered, an entry of ``decode_kv_args_table`` or None;
     ``page_refused(why)`` is called once if Mooncake does not take the page. Any thread may use it.
@@ -240,9 +248,6 @@ class MemoryReader:
         self._registration = registration
         self._page_refused = page_refused
         self._clock = clock
-        self._lock = threading.Lock()
-        self._page: Optional[_Page] = None
-        self._closed = False
         self._refused_at = -self._REGISTER_AGAIN_S
         self._refused_why = ""
         # One over RDMA, which has no four connections and where transfers to others wait for reads that fail: 1 to 2.4
@@ -258,28 +263,24 @@ class MemoryReader:
         """
         mooncake = mooncake_engine(self._engine)
         begin_read: Any = getattr(mooncake, "batch_transfer_async_read", None)
-        check_status = getattr(mooncake, "transfer_check_status", None)
+        check_status: Any = getattr(mooncake, "transfer_check_status", None)
         read_now: Any = getattr(mooncake, "transfer_sync_read", None)
         can_begin = begin_read is not None and check_status is not None
         address = self._address_of(session)
         if address is None or not (can_begin or read_now):
             return Reads.decided(Verdict.CANNOT_TELL)
-        reads = Reads(check_status or (lambda batch: None))
-        reads.begun = False
-        scratch = self._scratch_for(reads)
-        if scratch is None:
+        if not self._has_page():
             return Reads.decided(Verdict.CANNOT_TELL, self._refused_why)
-        reads.too_soon = too_soon
         if not can_begin:
-            done = _read_one_by_one(functools.partial(read_now, session, scratch, address, READ_BYTES))
-            reads.begun, reads.unsure = True, done.look() is Verdict.UNREADABLE
-            done.too_soon = too_soon
-            return done
-        begin = functools.partial(begin_read, session, [scratch], [address], [READ_BYTES])
+            reads = _read_one_by_one(functools.partial(read_now, session, _PAGE, address, READ_BYTES))
+            reads.too_soon = too_soon
+            return reads
+        reads = Reads(check_status)
+        reads.too_soon = too_soon
+        begin = functools.partial(begin_read, session, [_PAGE], [address], [READ_BYTES])
         goes_on = all(self._begin_one(reads, begin) for _ in range(self.reads_at_a_time))
         if goes_on and self.reads_at_a_time > 1:
             self._fail_until_one_waits(reads, begin)
-        reads.begun = True
         return reads
 
     def _begin_one(self, reads: Reads, begin: Callable[[], Any]) -> bool:
@@ -287,7 +288,6 @@ class MemoryReader:
         began = self._clock()
         batch, why = _returned(begin)
         if type(batch) is not int or batch == 0:
-            reads.unsure |= batch != 0
             reads.failed("reading its memory was refused" if batch == 0 else why)
             return False
         waited = self._clock() >= began + self._BLOCKS_FROM_S
@@ -310,14 +310,6 @@ class MemoryReader:
             if not have_failed or not self._begin_one(reads, begin):
                 return
 
-    def close(self) -> None:
-        """Begins no more reads, and takes the registration of the page back unless a read may still write there."""
-        with self._lock:
-            self._closed = True
-            page, self._page = self._page, None
-        if page is not None:
-            page.leave(mooncake_engine(self._engine))
-
     def _address_of(self, session: str) -> Optional[int]:
         with contextlib.suppress(Exception):  # addresses of a kind that we do not know
             registration = self._registration(session)
@@ -327,36 +319,28 @@ class MemoryReader:
                     return int(addresses[0])
         return None
 
-    def _scratch_for(self, reads: Reads) -> Optional[int]:
-        with self._lock:
-            may_register = not self._closed and self._clock() >= self._refused_at + self._REGISTER_AGAIN_S
-            if self._page is None and may_register:
-                self._register_page()
-            if self._page is None:
-                return None
-            self._page.add(reads)
-            return self._page.address
-
-    def _register_page(self) -> None:
-        was_refused = bool(self._refused_why)
+    def _has_page(self) -> bool:
+        """True if the page is registered with the engine; registers it if that is due."""
         mooncake = mooncake_engine(self._engine)
-        try:
-            self._page = _Page.left_at(mooncake)
-            if self._page is not None:
-                return
-            page = _Page.spare.pop() if _Page.spare else _Page()
-            rc = mooncake.register_memory(page.address, mmap.PAGESIZE)
-            if rc == 0:
-                self._page = page
-                return
-            _Page.spare.append(page)
-            what = f"gave {printable_repr(rc)}"
-        except BaseException as error:  # an engine may raise anything
-            what = f"raised {printable_repr(error)}"
-        self._refused_why = f"Mooncake {what} when it was to register a page to read into"
-        self._refused_at = self._clock()
+        with _page_lock:
+            if _page_is_registered_with.get(id(mooncake)) is mooncake:
+                return True
+            if self._clock() < self._refused_at + self._REGISTER_AGAIN_S:
+                return False
+            was_refused = bool(self._refused_why)
+            try:
+                rc = mooncake.register_memory(_PAGE, mmap.PAGESIZE)
+                if rc == 0:
+                    _page_is_registered_with[id(mooncake)] = mooncake
+                    return True
+                what = f"gave {printable_repr(rc)}"
+            except BaseException as error:  # an engine may raise anything
+                what = f"raised {printable_repr(error)}"
+            self._refused_why = f"Mooncake {what} when it was to register a page to read into"
+            self._refused_at = self._clock()
         if not was_refused:
             self._page_refused(self._refused_why)
+        return False
 
 
 def _read_one_by_one(read: Callable[[], Any]) -> Reads:
@@ -370,66 +354,6 @@ def _read_one_by_one(read: Callable[[], Any]) -> Reads:
     return Reads.decided(Verdict.READABLE_LATE if late else Verdict.READABLE)
 
 
-class _Page:
-    """Memory that is registered with one engine to read into. It is never freed, because a read that seems to be over
-    may still write there; the next reader gets it.
-    """
-
-    spare: ClassVar[list[_Page]] = []
-    # Still registered with the engine though their readers are closed: reads may write there.
-    _left: ClassVar[list[tuple[Any, _Page]]] = []
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._reads: list[Reads] = []  # those that have not ended, and some that have
-        self._abandoned: list[Reads] = []  # those of earlier readers
-        self._look_at = 16
-        self._unsure = False
-
-    @classmethod
-    def left_at(cls, mooncake: Any) -> Optional[_Page]:
-        """The page that an earlier reader has left registered with the engine."""
-        for place, (engine, page) in enumerate(cls._left):
-            if engine is mooncake:
-                del cls._left[place]
-                return page
-        return None
-
-    def add(self, reads: Reads) -> None:
-        """Reads that will write here."""
-        self._reads.append(reads)
-        if len(self._reads) >= self._look_at:
-            self._forget_ended()
-            self._look_at = max(16, 2 * len(self._reads))
-
-    def leave(self, mooncake: Any) -> None:
-        """Deregisters the page, unless a read may still write here."""
-        for reads in self._abandoned:  # nobody else looks at these
-            reads.look()
-        self._reads += self._abandoned
-        self._forget_ended()
-        self._abandoned, self._reads = self._reads, []
-        with contextlib.suppress(BaseException):  # an engine may raise anything, and need not have the method
-            if not self._abandoned and not self._unsure and mooncake.unregister_memory(self.address) == 0:
-                self.spare.append(self)
-                return
-        self._left.append((mooncake, self))
-
-    def _forget_ended(self) -> None:
-        self._unsure |= any(reads.unsure for reads in self._reads)
-        self._reads = [reads for reads in self._reads if not (reads.begun and reads.have_ended())]
-
-
-class Shown(NamedTuple):
-    """What reads have shown."""
-
-    call: Call
-    verdict: Verdict
-    why: str  # they failed
-    held_up: float  # the share of their time for which transfers to others may have had to wait
-
-
 class PendingReads:
     """Reads under way, and when each is looked at next: soon at first, then at growing gaps. Any thread."""
 
@@ -438,6 +362,9 @@ class PendingReads:
     _S_PER_READS = 0.0002
     # Reads that nobody waits for any more are looked at all the same, so that Mooncake frees them.
     _UNWANTED_LATEST_S = 10.0
+    # Over RDMA a read of a peer that cannot be reached takes 10 s, so that is twenty looks at what the threads do. One
+    # costs 20 to 30 us a thread: with 300 threads that is 2 % of a core while a read is pending.
+    _SAMPLE_EVERY_S = 0.5
 
     def __init__(
         self,
@@ -448,34 +375,40 @@ class PendingReads:
         self._lock = threading.Lock()
         self._looks: list[tuple[float, int, Call, Reads, bool]] = []
         self._ties = itertools.count()
-        self._rdma_waits = rdma_waits.RdmaWaits(clock, a_thread_waits)
+        self._a_thread_waits = a_thread_waits
+        self._sample_at = 0.0
         self.over_rdma = False
 
     def add(self, call: Call, reads: Reads) -> None:
         """Takes over the reads that a call has begun; the first look is due at once."""
         with self._lock:
-            reads.samples_before = self._rdma_waits.samples
             heapq.heappush(self._looks, (0.0, next(self._ties), call, reads, False))
 
-    def look(self, is_wanted: Callable[[Call], bool], most: int = 32) -> list[Shown]:
-        """Looks at ``most`` of the reads that are due; returns each new verdict."""
+    def look(self, is_wanted: Callable[[Call], bool], most: int = 32) -> list[tuple[Call, Verdict, Reads]]:
+        """Looks at ``most`` of the reads that are due; returns those that have a verdict now."""
         now = self._clock()
-        told: list[Shown] = []
+        told: list[tuple[Call, Verdict, Reads]] = []
         with self._lock:
-            if self.over_rdma and self._looks:
-                self._rdma_waits.sample(lambda: {call.session for _, _, call, _, _ in self._looks})
+            if self.over_rdma and self._looks and now >= self._sample_at:
+                self._sample(now)
             due: list[tuple[float, int, Call, Reads, bool]] = []
             while self._looks and self._looks[0][0] <= now and len(due) < most:
                 due.append(heapq.heappop(self._looks))
             for _, tie, call, reads, was_told in due:
                 verdict = reads.look()
                 if verdict is not None and not was_told:
-                    waits = self._rdma_waits.samples.share_since(reads.samples_before)
-                    told.append(Shown(call, verdict, reads.why, waits))
+                    told.append((call, verdict, reads))
                 if not reads.have_ended():
                     gap_s = self._gap_s(reads, wanted=verdict is None and is_wanted(call))
                     heapq.heappush(self._looks, (now + gap_s, tie, call, reads, verdict is not None))
         return told
+
+    def _sample(self, now: float) -> None:
+        self._sample_at = now + self._SAMPLE_EVERY_S
+        waits = self._a_thread_waits({call.session for _, _, call, _, _ in self._looks})
+        for _, _, _, reads, _ in self._looks if waits is not None else ():
+            reads.samples += 1
+            reads.held_up_in += bool(waits)
 
     def next_look_in(self) -> Optional[float]:
         """Seconds until the next look is due, None if nothing is pending."""

@@ -114,61 +114,53 @@ class Rules:
         return turn_at
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class Session:
     """What is known of a session that is blacklisted or on probation."""
 
-    __slots__ = (
-        "answered_since",  # first of the unbroken answers in this generation, or None
-        "blacklisted",  # False: on probation
-        "blacklisted_at",
-        "bytes_mislead",  # it worked, though it was let in while bytes could land
-        "bytes_since",  # when it first settled again since its failure, because bytes could land; or None
-        "due_at",  # for the schedule: a heap entry of this session with another time is outdated
-        "failed_at",
-        "failed_first_uses",  # how often in a row its first use has failed
-        "generation",  # of its newest failure or re-admission: the answer to an earlier probe does not count
-        "has_end_check",  # for the schedule: the heap has an entry for the end of this session
-        "has_turn",  # a session of its machine could be read just now, so it does not wait for its turn
-        "hold_s",  # how long it is held in this outage or, on probation, was in the last one
-        "id",
-        "is_too_soon",  # it is let in while bytes of a failed transfer may still land
-        "last_used_at",  # on probation
-        "late_since",  # when reads first had to wait, since it answers; or None
-        "listen_at",  # from then on a probe may look whether the peer cuts probes short
-        "machine_read_at",  # when reads of another session of its machine first worked in this outage, or None
-        "patient_at",  # from then on a probe may take its time to connect
-        "probe_said",  # how the last probe since its failure ended, in words; empty before that
-        "probed_at",
-        "read_again_at",  # when it may be read next, after reads that failed
-        "read_at",  # when it was to be read last
-        "read_next",  # the next probe is followed by reads
-        "reads_mislead",  # it worked, though its reads had failed or waited before it was let in
-        "reads_said",  # as probe_said, of the last reads
-        "reads_since",  # when the reads that are pending were begun, or None
-        "refused",  # how many requests were refused
-        "registration",  # on probation: what the peer had registered when it was let in
-        "relapses",  # how often it has failed on probation since it last worked for a second
-        "requested_at",
-        "rules",
-        "still_unreadable",  # on probation: it was in use for a whole one, and still could not be read
-        "turn_at",  # when its machine may be read next, after reads that failed
-        "unreadable",  # why its memory could not be read in this outage, or None
-        "used_at",  # on probation: when a request first used it
-        "uses",
-        "was_gone",  # a probe in this outage was refused: there may be a new process now
-    )
-
-    def __init__(self, session: object, rules: Rules, now: float) -> None:
-        self.id: Any = session
-        self.rules = rules
-        self.relapses = self.failed_first_uses = 0
-        self.reads_mislead = self.bytes_mislead = self.is_too_soon = False
-        self.has_end_check = self.has_turn = False
-        self.probed_at = self.due_at = self.read_at = self.listen_at = self.patient_at = 0.0
-        self.read_next = False
-        self.unreadable: Optional[str] = None
-        self.machine_read_at: Optional[float] = None
-        self._begin_outage(now, hold_s=0.0)
+    id: Any
+    rules: Rules
+    blacklisted_at: float
+    blacklisted: bool = True  # False: on probation
+    generation: int = 0  # of its newest failure or re-admission: the answer to an earlier probe does not count
+    failed_at: float = 0.0
+    requested_at: float = 0.0
+    refused: int = 0  # how many requests were refused
+    # Probes.
+    probed_at: float = 0.0
+    probe_said: str = ""  # how the last one since its failure ended, in words; empty before that
+    answered_since: Optional[float] = None  # first of the unbroken answers in this generation
+    listen_at: float = 0.0  # from then on a probe may look whether the peer cuts probes short
+    patient_at: float = 0.0  # from then on a probe may take its time to connect
+    was_gone: bool = False  # a probe in this outage was refused: there may be a new process now
+    # Reads.
+    read_next: bool = False  # the next probe is followed by reads
+    read_at: float = 0.0  # when it was to be read last
+    read_again_at: float = 0.0  # when it may be read next, after reads that failed
+    reads_since: Optional[float] = None  # when the reads that are pending were begun
+    reads_said: str = ""  # as probe_said
+    unreadable: Optional[str] = None  # why its memory could not be read in this outage
+    reads_mislead: bool = False  # it worked, though its reads had failed or waited before it was let in
+    late_since: Optional[float] = None  # when reads first had to wait, since it answers
+    bytes_since: Optional[float] = None  # when it first settled again since its failure, because bytes could land
+    is_too_soon: bool = False  # it is let in while bytes of a failed transfer may still land
+    bytes_mislead: bool = False  # it worked, though it was let in while they could
+    # Turns to be read.
+    turn_at: float = 0.0  # when its machine may be read next, after reads that failed
+    has_turn: bool = False  # a session of its machine could be read just now, so it does not wait for its turn
+    machine_read_at: Optional[float] = None  # when reads of another one there first worked in this outage
+    # Probation and hold.
+    registration: object = None  # what the peer had registered when it was let in
+    uses: int = 0
+    used_at: float = 0.0  # when a request first used it
+    last_used_at: float = 0.0
+    still_unreadable: bool = False  # it was in use for a whole probation, and still could not be read
+    hold_s: float = 0.0  # how long it is held in this outage or, on probation, was in the last one
+    relapses: int = 0  # how often it has failed on probation since it last worked for a second
+    failed_first_uses: int = 0  # how often in a row its first use has failed
+    # For the schedule.
+    due_at: float = 0.0  # a heap entry of this session with another time is outdated
+    has_end_check: bool = False  # the heap has an entry for the end of this session
 
     # Blacklisted: when is it probed?
 
@@ -179,10 +171,7 @@ class Session:
         self.generation = generation
         self.failed_at = self.requested_at = now
         self.has_turn = False
-        self.answered_since: Optional[float] = None
-        self.late_since: Optional[float] = None
-        self.reads_since: Optional[float] = None
-        self.bytes_since: Optional[float] = None
+        self.answered_since = self.late_since = self.reads_since = self.bytes_since = None
         self.probe_said = self.reads_said = ""
         return ProbeAt(now)
 
@@ -230,15 +219,13 @@ class Session:
 
     # Re-admission: answered, settled, held long enough, verified.
 
-    def answered(self, now: float) -> Decision:
+    def answered(self, now: float, reading: bool = False) -> Decision:
+        """The peer answered a probe; ``reading``: reads of its memory are pending."""
         if self.answered_since is None:
             self.answered_since = now
+        if reading:
+            self.reads_since = now
         return self._next(now)
-
-    def reading(self, now: float) -> Decision:
-        """The peer answered a probe, and reads of its memory are pending."""
-        self.reads_since = now
-        return self.answered(now)
 
     def read(self, now: float, verdict: Verdict, why: str, held_up: float) -> Decision:
         """Reads have ended; ``why`` says why they failed, or why there were none. ``held_up`` is the share of
@@ -311,11 +298,12 @@ class Session:
         return ReadAt(now + READ_HANGS_S)
 
     def cannot_read(self, now: float, why: str) -> None:
-        """It is about to be probed, and no reads may follow; they may a second later. If that goes on, it is let in
-        unverified.
+        """It is about to be probed, and no reads may follow. ``why`` is empty if they may in a moment; else it is tried
+        again after a second, and if that goes on the session is let in unverified.
         """
-        self.unreadable = self.unreadable or why
-        self.read_again_at = now + max(READ_HANGS_S, self.rules.round_s)
+        moment_s = 0.03  # in which calls are ended
+        self.unreadable = self.unreadable or why or None
+        self.read_again_at = now + (max(READ_HANGS_S, self.rules.round_s) if why else moment_s)
 
     def _next(self, now: float) -> Decision:
         """What to do with a peer that answers."""
@@ -511,13 +499,10 @@ class Session:
         self.blacklisted = True
         self.blacklisted_at = now
         self.hold_s = hold_s
-        self.listen_at = now + LISTEN_AFTER_S
         self.refused = 0
-        self.read_again_at = self.turn_at = 0.0
-        self.unreadable = None
-        self.is_too_soon = False
-        self.was_gone: bool = False
-        self.machine_read_at = None
+        self.listen_at = self.read_again_at = self.turn_at = 0.0
+        self.unreadable = self.machine_read_at = None
+        self.is_too_soon = self.was_gone = False
 
 
 def _hang_for(seconds: float) -> str:

@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Optional
 
 from sglang.srt.disaggregation.mooncake.failed_sessions import FailedSessions
@@ -92,9 +92,8 @@ class SessionWatch:
     """Listens to the blacklist, ``sessions``, and says whom to probe.
 
     Those in ``blacklisted`` are on it from the start. ``wake()`` is called when something is due, and
-    ``on_removed(session)`` when a session is taken off here. ``registration(session)`` returns what its peer has
-    registered, a new object with each registration, and ``registered()`` all sessions whose peers have registered. A
-    transfer fails within ``transfer_timeout_s``.
+    ``on_removed(session)`` when a session is taken off here. ``registrations()`` returns what peers have registered, by
+    session: a new object with each registration. A transfer fails within ``transfer_timeout_s``.
     """
 
     def __init__(
@@ -105,8 +104,7 @@ class SessionWatch:
         jitter: Callable[[], float] = random.random,
         wake: Callable[[], None] = lambda: None,
         on_removed: Callable[[Any], object] = lambda session: None,
-        registration: Callable[[Any], object] = lambda session: None,
-        registered: Callable[[], Iterable[Any]] = tuple,
+        registrations: Callable[[], Mapping[Any, object]] = dict,
         transfer_timeout_s: float = TRANSFER_TIMEOUT_S,
     ) -> None:
         self.events: deque[tuple[Event, Any, dict[str, Any]]] = deque()
@@ -115,8 +113,7 @@ class SessionWatch:
         self._clock = clock
         self._wake = wake
         self._on_removed = on_removed
-        self._registration = registration
-        self._registered = registered
+        self._registrations = registrations
         self._generations = itertools.count(1)
         self._due = DueHeap()
         self.places = Places(settings.concurrency)
@@ -138,7 +135,7 @@ class SessionWatch:
         now = self._clock()
         known = self.known.get(session)
         again = known is not None and known.blacklisted
-        if known is not None and known.is_past(now, self._registration(session)):
+        if known is not None and known.is_past(now, self._registrations().get(session)):
             self._forget(session)
             known = None
         if known is None:
@@ -202,11 +199,10 @@ class SessionWatch:
         """
         now = self._clock()
         due_by = min(due_by, now)
-        self.places.age(now)
         self._connecting_too_long = self.places.not_connected(now)
         self._allowance.renew(now, len(self.sessions))
         self.rules.round_s = self._allowance.round_s
-        room = min(self._allowance.left(), self.places.free_now())
+        room = min(self._allowance.left(), self.places.free_now(now))
         calls: list[Call] = []
         for _ in range(BATCH):
             first = self._due.first()
@@ -251,7 +247,7 @@ class SessionWatch:
         if at <= now and is_call:  # it waits for a place or the allowance
             if not self._allowance.left():
                 at = self._allowance.more_at()
-            elif not self.places.free_now():
+            elif not self.places.free_now(now):
                 return max(0.0, self.places.free_at(now) - now)
         if at <= now:
             return 0.0
@@ -289,7 +285,7 @@ class SessionWatch:
         elif not answered:
             self._carry_out(known, known.not_answered(now, refused), now)
         else:
-            self._carry_out(known, known.reading(now) if reading else known.answered(now), now)
+            self._carry_out(known, known.answered(now, reading), now)
 
     def read(self, call: Call, verdict: Verdict, why: str = "", held_up: float = 1.0) -> None:
         """The reads that a call has begun have ended; ``why`` says why they failed. ``held_up`` is the share of
@@ -362,12 +358,13 @@ class SessionWatch:
 
     def _has_others(self) -> bool:
         return any(
-            (known := self.known.get(session)) is None or not known.blacklisted for session in list(self._registered())
+            (known := self.known.get(session)) is None or not known.blacklisted
+            for session in list(self._registrations())
         )
 
     def _has_other_machines(self, known: Session) -> bool:
         machine = _machine(known.id)
-        return any(_machine(session) != machine for session in list(self._registered()))
+        return any(_machine(session) != machine for session in list(self._registrations()))
 
     def waits_for(self, call: Call) -> bool:
         """True if the result of a call's reads still counts. Any thread, with or without the lock."""
@@ -425,7 +422,7 @@ class SessionWatch:
         self.sessions.take_off(known.id)
         self._on_removed(known.id)
         known.due_at = NEVER
-        known.let_in(now, next(self._generations), self._registration(known.id), unverified)
+        known.let_in(now, next(self._generations), self._registrations().get(known.id), unverified)
         outage_s = now - known.blacklisted_at
         self._tell(Event.RECOVERED, known.id, outage_s=outage_s, refused=known.refused, unverified=unverified)
 
@@ -488,7 +485,8 @@ class SessionWatch:
         self._due.check_end(known, min(ends_at if now < ends_at else now + soonest_s, now + latest_s))
 
     def _call(self, known: Session, now: float) -> Call:
-        listen = not known.read_next and now >= max(known.listen_at, self._listen_at)
+        listen_at = max(known.listen_at, known.blacklisted_at + LISTEN_AFTER_S, self._listen_at)
+        listen = not known.read_next and now >= listen_at
         if listen:
             known.listen_at = now + LISTEN_AFTER_S
             self._listen_at = now + LISTEN_GAP_S
@@ -496,8 +494,11 @@ class SessionWatch:
         if read and known.blacklisted and (until := self._neighbour_is_read_until(known, now)):
             known.read_again_at = until
             read = False
-        if read and self._reads_hang(known, now):
-            known.cannot_read(now, NO_PLACE_TO_READ)
+        if read and (in_the_way := self._reads_in_the_way(known)):
+            untried = [call for call in in_the_way if call.end_tried_at < call.made_at]
+            self._to_end += [call for call in untried if now >= call.made_at + self.places.YOUNG_S]
+            may_return = untried or any(call.ended for call in in_the_way)
+            known.cannot_read(now, "" if may_return else NO_PLACE_TO_READ)
             read = False
         call = Call(known.id, known.generation, now, read, listen, connects_by=known.connects_by(now))
         known.probed_at = now
@@ -509,12 +510,11 @@ class SessionWatch:
         self._in_flight[known.id] = call
         return call
 
-    def _reads_hang(self, known: Session, now: float) -> bool:
-        """True if calls that read, and hang, leave no place for its own: each session may have two, and all together
-        half of the places. They may never return where they cannot be ended.
-        """
-        hang = [call.session for call in self.places if call.read and now >= call.made_at + self.places.YOUNG_S]
-        return hang.count(known.id) > 1 or len(hang) >= self.places.concurrency
+    def _reads_in_the_way(self, known: Session) -> list[Call]:
+        """The calls that read, if they leave no place for its own. Each session may have two."""
+        reading = [call for call in self.places if call.read]
+        own = [call for call in reading if call.session == known.id]
+        return own if len(own) > 1 else reading if len(reading) >= self.places.most_reading else []
 
     def _come_back(self, call: Call, now: float) -> Optional[Session]:
         """The session, if there is no newer generation than the call's; else None, and that one is probed now."""

@@ -83,21 +83,18 @@ class MooncakeKVManager:
         refused at once, and when a second one looks at the blacklist, the first has gone through.
         """
         with self._in_order.setdefault(session_id, threading.Lock()):
-            self._send_blocks(session_id, blocks)
-
-    def _send_blocks(self, session_id: str, blocks: list[tuple[int, int, int]]) -> None:
-        with self.session_lock:
-            if session_id in self.failed_sessions:
-                raise KVTransferError(
-                    f"Decode instance could be dead, remote mooncake session {session_id} is not alive"
-                )
-        sources, destinations, lengths = (list(column) for column in zip(*blocks, strict=True))
-        rc = self.engine.batch_transfer_sync(session_id, sources, destinations, lengths)
-        if rc != 0:
             with self.session_lock:
-                self.session_failures[session_id] += 1
-                self.failed_sessions.add(session_id)
-            raise KVTransferError(f"Failed to send {len(blocks)} blocks to {session_id} (rc {rc})")
+                if session_id in self.failed_sessions:
+                    raise KVTransferError(
+                        f"Decode instance could be dead, remote mooncake session {session_id} is not alive"
+                    )
+            sources, destinations, lengths = (list(column) for column in zip(*blocks, strict=True))
+            rc = self.engine.batch_transfer_sync(session_id, sources, destinations, lengths)
+            if rc != 0:
+                with self.session_lock:
+                    self.session_failures[session_id] += 1
+                    self.failed_sessions.add(session_id)
+                raise KVTransferError(f"Failed to send {len(blocks)} blocks to {session_id} (rc {rc})")
 
     def teardown(self) -> None:
         """Stops the threads and deregisters the memory."""
