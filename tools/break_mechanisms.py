@@ -488,8 +488,8 @@ BREAKS = [
     Break(
         "a probe from before a failure that hangs is ended",
         SessionWatch._look_at_call,
-        "self._to_end.append(call)\n                self",
-        "self",
+        "[call] if now >= end_at else []",
+        "[]",
     ),
     Break(
         "reads that hang leave places",

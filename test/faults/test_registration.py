@@ -47,40 +47,23 @@ def assert_stays_out(prefill: Node, seconds: float) -> None:
     assert prefill.ask("recoveries") == 0
 
 
-def test_a_probe_that_hung_during_a_registration_is_ended_for_a_later_failure_and_made_again(
+def test_a_probe_that_hung_during_a_registration_does_not_answer_for_a_later_failure(
     tmp_path: pathlib.Path, record_fault: RecordFault
 ) -> None:
-    """Its connection may be dead, and it does not answer for that failure. One answer would be enough here."""
+    """One answer would be enough here, so an old one that counted would let the session in."""
     with pair(tmp_path, **{SETTLE: "0", VERIFY: "off"}) as (prefill, decode):
         with decode.stopped():
             assert "Failed to send" in prefill.send_to(decode)
             assert wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 10), "no probe hangs"
             register_and_fail_again(prefill, decode)
-            assert wait_until(lambda: prefill.calls("send_probe", decode.session) == (2, 1), 10), "it is not ended"
-            assert_stays_out(prefill, 1.5)
-            assert prefill.calls("send_probe", decode.session) == (2, 1), "two probes of one peer at a time"
-        served_s = prefill.wait_until_served(decode, deadline_s=10)
-        prefill.wait_for_recoveries(1)
-        record_fault("registration", "during a probe that hangs", lost=0, served_after_s=served_s)
-
-
-def test_an_answer_to_a_probe_from_before_a_registration_does_not_count_for_a_later_failure(
-    tmp_path: pathlib.Path, record_fault: RecordFault
-) -> None:
-    """One answer would be enough here, so an old one that counted would let the session in."""
-    with pair(tmp_path, **{SETTLE: "0", VERIFY: "off"}) as (prefill, decode):
-        prefill.misbehave("send_probe", "is slow", 3.0)
-        prefill.ask("fail", [decode.session])
-        assert wait_until(lambda: prefill.calls("send_probe", decode.session) == (1, 0), 10), "no probe is under way"
-        register_and_fail_again(prefill, decode)
-        prefill.misbehave("send_probe", "gives", REFUSED)
-        assert prefill.calls("send_probe", decode.session) == (1, 0), "two probes of one peer at a time"
+            assert prefill.calls("send_probe", decode.session) == (1, 0), "two probes of one peer at a time"
+            prefill.misbehave("send_probe", "gives", REFUSED)  # the one that hangs is Mooncake's still
         assert wait_until(lambda: prefill.calls("send_probe", decode.session)[1] >= 2, 10), "no new answer"
         assert_stays_out(prefill, 1.5)
         prefill.misbehave("send_probe", "works")
         served_s = prefill.wait_until_served(decode, deadline_s=10)
         prefill.wait_for_recoveries(1)
-        record_fault("registration", "before a late answer", lost=0, served_after_s=served_s)
+        record_fault("registration", "during a probe that hangs", lost=0, served_after_s=served_s)
 
 
 def test_a_registration_while_a_session_settles_is_no_recovery_and_a_later_failure_settles_anew(

@@ -239,7 +239,7 @@ class Onlooker:
         assert call in self.in_flight
         a_place_was_wanted = len(self.in_flight) == 2 * CONCURRENCY and now >= call.made_at + Places.YOUNG_S - 0.001
         was_to_read = call.read and call.answered and now >= call.made_at + READ_HANGS_S - 0.001
-        is_void = known is not None and call not in known.fresh  # the answer counts no more, and a newer one is wanted
+        is_void = known and call not in known.fresh and now >= known.failed_at + INTERVAL_S - 0.001
         assert a_place_was_wanted or was_to_read or is_void, f"the call to {entry.session} was ended for nothing"
 
     def _note_answer(self, entry: Entry, known: Optional[Known]) -> None:

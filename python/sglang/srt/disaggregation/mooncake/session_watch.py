@@ -458,9 +458,10 @@ class SessionWatch:
     def _look_at_call(self, known: Session, call: Call, now: float) -> None:
         """Has a call ended whose reads hang. A probe may hang: then it is answered as soon as the peer resumes."""
         if not call.read:
-            if call.generation != known.generation:  # its connection may be dead, and its answer counts no more
-                self._to_end.append(call)
-                self._due.probe_at(known, now + READ_HANGS_S)
+            if call.generation != known.generation:  # its connection may be dead, and its answer does not count
+                end_at = known.failed_at + self.rules.interval_s
+                self._to_end += [call] if now >= end_at else []
+                self._due.probe_at(known, max(end_at, now + READ_HANGS_S))
             return
         if not call.answered or now < call.made_at + READ_HANGS_S:
             self._due.probe_at(known, now + READ_HANGS_S)
