@@ -753,10 +753,29 @@ BREAKS = [
     Break(
         "one page for one reader after another",
         MemoryReader._has_page,
-        "_page_is_registered_with[id(mooncake)] = mooncake",
+        "_page_is_registered_with[id(mooncake)] = _reference_to(mooncake)",
         "pass",
         PROBE_TESTS,
     ),
+    Break(
+        "engines of any kind are read", session_probe._reference_to, "except TypeError", "except OSError", PROBE_TESTS
+    ),
+    Break(
+        "a page that is not deregistered stays known",
+        MemoryReader.close,
+        "mooncake.unregister_memory(_PAGE) == 0",
+        "[mooncake.unregister_memory(_PAGE)]",
+        PROBE_TESTS,
+    ),
+    Break("the page is deregistered at a stop", Prober.run, "self._reader.close()", "pass", CONN_TESTS),
+    Break(
+        "a page stays while reads are pending",
+        Prober.run,
+        " and self._pending.next_look_in() is None",
+        "",
+        CONN_TESTS,
+    ),
+    Break("a page stays while a call reads", Prober.run, "not self.watch.in_flight() and ", "", CONN_TESTS),
     Break(
         "unknown addresses fail nothing",
         MemoryReader._address_of,

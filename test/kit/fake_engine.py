@@ -30,6 +30,7 @@ class Engine:
         self.asked: list[str] = []
         self.reads: list[tuple[Any, ...]] = []
         self.registered: list[tuple[int, int]] = []
+        self.deregistered: list[int] = []
         self.batches: set[int] = set()  # begun and not yet seen to have ended: Mooncake keeps each of them
         self.looked_at_too_often: list[int] = []  # after their end: Mooncake has let go of them
         self.asked_something = threading.Event()
@@ -84,6 +85,11 @@ class Engine:
         self._look_at_the_lock("register_memory")
         self.registered.append((address, length))
         return result_of(self.registers)
+
+    def unregister_memory(self, address: int) -> int:
+        self._look_at_the_lock("unregister_memory")
+        self.deregistered.append(address)
+        return 0
 
     def batch_register(self, addresses: list[int], lengths: list[int]) -> int:
         return 0

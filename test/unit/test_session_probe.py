@@ -426,6 +426,29 @@ def test_one_page_stays_registered_for_one_reader_after_another_and_for_each_eng
     assert is_mapped(page), "a read that was taken for over writes into what others have got since"
 
 
+def test_an_engine_of_a_kind_that_nothing_can_refer_to_weakly_is_read_too() -> None:
+    """As classes of some extension modules are."""
+    engine = Engine()
+    methods = ("register_memory", "unregister_memory", "batch_transfer_async_read", "transfer_check_status")
+    plain = types.SimpleNamespace(**{name: getattr(engine, name) for name in methods})
+    for _ in range(2):
+        assert found(reader(plain).begin(D)) == (Verdict.READABLE, "")
+    assert len(engine.registered) == 1
+    reader(plain).close()
+    assert engine.deregistered == [engine.registered[0][0]]
+
+
+@pytest.mark.parametrize("deregister", [lambda page: -1, raises(OSError(5)), None], ids=["refused", "raises", "none"])
+def test_a_page_that_mooncake_does_not_deregister_serves_the_next_reader(deregister: Any) -> None:
+    engine = Engine()
+    engine.unregister_memory = deregister  # type: ignore[method-assign]
+    for _ in range(2):
+        peer = reader(engine)
+        assert peer.begin(D).look() is Verdict.READABLE
+        peer.close()
+    assert len(engine.registered) == 1, "Mooncake refuses memory that is registered already"
+
+
 # When they are looked at.
 
 

@@ -147,6 +147,8 @@ class _FailedSessionProber:
             self._say_fault(fault)
         self.metrics.stop()
         self._file.remove()
+        if not self.watch.in_flight() and self._pending.next_look_in() is None:  # else a read may still write there
+            self._reader.close()
 
     def _wind_up(self) -> None:
         """Takes in the calls and reads that are about to return, and ends the other calls."""

@@ -39,11 +39,11 @@ NO_ANSWER, UNKNOWN_HOST = -102, -101
 CUT_SHORT = -1000
 # A probe that is answered, refused or cut short comes back in a millisecond or less.
 REFUSED_WITHIN_S = 1.0
-# All reads write to this page, and nobody looks at it. It is never freed, and stays registered with an engine, because
-# a read that seems to be over may still write there.
+# All reads write to this page, and nobody looks at it. It is never freed: a read that seems to be over may still write
+# there.
 _page = mmap.mmap(-1, mmap.PAGESIZE)
 _PAGE = ctypes.addressof(ctypes.c_char.from_buffer(_page))
-_page_is_registered_with: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by its id
+_page_is_registered_with: dict[int, Callable[[], Any]] = {}  # by its id; gives the engine, None if that is gone
 _page_lock = threading.Lock()
 
 
@@ -310,6 +310,15 @@ class MemoryReader:
             if not have_failed or not self._begin_one(reads, begin):
                 return
 
+    def close(self) -> None:
+        """Deregisters the page, so that a stopped manager leaves nothing with the engine. Only while nothing is read;
+        what is begun later registers it again. Raises nothing.
+        """
+        mooncake = mooncake_engine(self._engine)
+        with _page_lock, contextlib.suppress(BaseException):  # an engine may raise anything, or lack the method
+            if _is_registered_with(mooncake) and mooncake.unregister_memory(_PAGE) == 0:
+                del _page_is_registered_with[id(mooncake)]
+
     def _address_of(self, session: str) -> Optional[int]:
         with contextlib.suppress(Exception):  # addresses of a kind that we do not know
             registration = self._registration(session)
@@ -323,7 +332,7 @@ class MemoryReader:
         """True if the page is registered with the engine; registers it if that is due."""
         mooncake = mooncake_engine(self._engine)
         with _page_lock:
-            if _page_is_registered_with.get(id(mooncake)) is mooncake:
+            if _is_registered_with(mooncake):
                 return True
             if self._clock() < self._refused_at + self._REGISTER_AGAIN_S:
                 return False
@@ -331,7 +340,7 @@ class MemoryReader:
             try:
                 rc = mooncake.register_memory(_PAGE, mmap.PAGESIZE)
                 if rc == 0:
-                    _page_is_registered_with[id(mooncake)] = mooncake
+                    _page_is_registered_with[id(mooncake)] = _reference_to(mooncake)
                     return True
                 what = f"gave {printable_repr(rc)}"
             except BaseException as error:  # an engine may raise anything
@@ -341,6 +350,18 @@ class MemoryReader:
         if not was_refused:
             self._page_refused(self._refused_why)
         return False
+
+
+def _is_registered_with(mooncake: Any) -> bool:
+    engine = _page_is_registered_with.get(id(mooncake))
+    return engine is not None and engine() is mooncake
+
+
+def _reference_to(engine: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(engine)
+    except TypeError:  # of a kind that cannot be referred to weakly
+        return lambda: engine
 
 
 def _read_one_by_one(read: Callable[[], Any]) -> Reads:
