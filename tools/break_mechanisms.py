@@ -492,6 +492,12 @@ BREAKS = [
         "[]",
     ),
     Break(
+        "a probe from before a failure, with reads to follow, is ended too",
+        SessionWatch._look_at_call,
+        "not call.answered:",
+        "not call.read:",
+    ),
+    Break(
         "reads that hang leave places",
         SessionWatch._reads_in_the_way,
         "reading if len(reading) >= self.places.most_reading else []",

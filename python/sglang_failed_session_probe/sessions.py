@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.observability.failed_session_file import Scheduler
     from sglang.srt.observability.failed_session_rows import Row
 
-# While sessions are blacklisted the file is written once a second, or every 20 s if there are ten thousand of them.
+# While sessions are blacklisted the file is written once a second, or about every 10 s with thousands of them.
 _OLD_S = 3.0
 _NOBODY = (
     "no scheduler with this probe is seen here: run this on a prefill node, in its container or one that shares "

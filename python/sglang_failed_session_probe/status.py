@@ -20,7 +20,7 @@ from sglang_failed_session_probe.printable import printable, printable_repr
 
 DEFAULT_URL = "http://127.0.0.1:30000/metrics"
 DEADLINE_S = 5.0
-# A blacklisted session whose probe does not hang is probed within 0.55 s: two readings this far apart show the answers.
+# One that does not answer is probed within 0.55 s (hundreds: seldomer), so two readings this far apart show it.
 APART_S = 1.0
 
 _OURS = "sglang:failed_session"
@@ -220,7 +220,7 @@ def _stuck(node: Node, ended: dict[str, int]) -> str:
         reasons.append("as many probes hang as may, hung peers take turns")
     elif not reasons and node.in_flight:
         reasons.append("probes hang: a stopped process or dropped packets")
-    return f"{node.blacklisted} blacklisted: {'; '.join(reasons) or 'no probe has ended, look at its log'}"
+    return f"{node.blacklisted} blacklisted: {'; '.join(reasons) or 'no probe has ended, see sessions on that node'}"
 
 
 _RESULTS = {

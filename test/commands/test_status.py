@@ -134,7 +134,7 @@ def test_a_row_a_node_with_its_figures() -> None:
         ("unavailable", 0, "2 blacklisted: cannot be probed, Mooncake is too old"),
         ("", 2, "2 blacklisted: probes hang: a stopped process or dropped packets"),
         ("", 32, "2 blacklisted: as many probes hang as may, hung peers take turns"),
-        ("", 0, "2 blacklisted: no probe has ended, look at its log"),
+        ("", 0, "2 blacklisted: no probe has ended, see sessions on that node"),
     ],
 )
 def test_the_last_column_says_why_sessions_stay_out_now_and_not_last_week(

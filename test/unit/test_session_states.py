@@ -293,10 +293,13 @@ def test_an_answer_does_not_count_if_the_session_registered_and_failed_again_whi
     assert prober.request(D), "let in on an answer from before the newest failure"
 
 
-def test_a_probe_from_before_a_failure_that_hangs_is_ended_in_interval_and_made_again() -> None:
+@pytest.mark.parametrize("peer", [HUNG, HEALTHY], ids=["first probe", "probe that reads were to follow"])
+def test_a_probe_from_before_a_failure_that_hangs_is_ended_in_interval_and_made_again(peer: Peer) -> None:
     prober = VirtualProber()
-    prober.fail(D, peer=HUNG)
-    prober.run(6)
+    prober.fail(D, peer=peer)
+    prober.run(0.5)
+    prober.becomes(D, HUNG)
+    prober.run(5.5)
     prober.becomes(D, HEALTHY)  # a new process behind a connection that is dead and says nothing
     prober.fail(D)
     prober.run(31.1)

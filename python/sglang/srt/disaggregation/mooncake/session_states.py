@@ -64,7 +64,7 @@ class Verdict(enum.Enum):
     READABLE_LATE = "readable after a wait"  # for a free connection
     READABLE_UNSEEN = "readable, perhaps after a wait"  # this process was too busy to look in time
     READABLE_TOO_SOON = "readable, but bytes of a failed transfer may still land"  # the kernel sends them again
-    CANNOT_TELL = "cannot tell"  # the engine cannot read, or the address is not known: the answered probe decides
+    CANNOT_TELL = "cannot tell"  # there is no way to read, or no address is known: the answered probe decides
     UNREADABLE = "unreadable"
 
 

@@ -222,7 +222,9 @@ class SessionWatch:
         return calls
 
     def to_end(self) -> list[Call]:
-        """The calls to end now: those that hang while their places are wanted, and those whose reads hang."""
+        """The calls to end now: those that hang while their places are wanted, those that hang though a newer failure
+        makes their answer void, and those that read and hang or are in the way of others.
+        """
         now = self._clock()
         wanted = min(self._allowance.left(), self.places.concurrency)
         calls = self.places.oldest_hanging(now, self._due.due(now, wanted))
@@ -456,12 +458,15 @@ class SessionWatch:
             self._carry_out(known, known.probation_ends(now), now)
 
     def _look_at_call(self, known: Session, call: Call, now: float) -> None:
-        """Has a call ended whose reads hang. A probe may hang: then it is answered as soon as the peer resumes."""
+        """Has a call ended whose reads hang. A probe may hang, because it is answered as soon as the peer resumes; one
+        from before a failure is ended INTERVAL after that.
+        """
+        if call.generation != known.generation and not call.answered:  # perhaps in a connection that is dead
+            end_at = known.failed_at + self.rules.interval_s
+            self._to_end += [call] if now >= end_at else []
+            self._due.probe_at(known, max(end_at, now + READ_HANGS_S))
+            return
         if not call.read:
-            if call.generation != known.generation:  # its connection may be dead, and its answer does not count
-                end_at = known.failed_at + self.rules.interval_s
-                self._to_end += [call] if now >= end_at else []
-                self._due.probe_at(known, max(end_at, now + READ_HANGS_S))
             return
         if not call.answered or now < call.made_at + READ_HANGS_S:
             self._due.probe_at(known, now + READ_HANGS_S)
