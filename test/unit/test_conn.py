@@ -624,6 +624,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("at_once")
 def test_a_hundred_role_switches_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_probe, "_page_stays_with", set())
     engine = Engine()
     hooks: list[Any] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook))
@@ -659,11 +660,67 @@ def test_a_page_that_a_pending_read_may_still_write_to_stays_registered(
 ) -> None:
     engine = Engine(read=PENDING, reads_are=reads_are)
     switch_roles(engine, monkeypatch, until=lambda _: engine.reads)
-    assert engine.deregistered == []
-    engine.read = 0
     engine.goes_on.set()
+    engine.read = 0
     switch_roles(engine, monkeypatch)
-    assert len(engine.registered) == len(engine.deregistered) == 1
+    assert (len(engine.registered), engine.deregistered) == (1, [])
+
+
+@pytest.mark.parametrize("reads_are", [["async"], ["sync"]], ids="".join)
+def test_a_page_that_another_manager_reads_into_stays_registered(
+    reads_are: list[str], make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = with_pending_reads(make_manager, reads_are)
+    switch_roles(engine, monkeypatch, until=lambda _: True)
+    assert engine.deregistered == []
+    engine.goes_on.set()
+
+
+def test_at_an_exit_all_managers_stop_side_by_side(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes up to half a second where a call cannot be ended."""
+    managers = [make_manager(Engine()) for _ in range(3)]
+    told: list[bool] = []
+
+    def stop_at_exit(self: Any) -> None:
+        told.append(all(manager._failed_session_prober.shutdown.is_set() for manager in managers))
+
+    monkeypatch.setattr(conn._FailedSessionProber, "stop_at_exit", stop_at_exit)
+    conn._stop_probers()
+    assert len(told) >= 3
+    assert all(told)
+
+
+def test_nothing_is_read_after_a_teardown(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would look at those reads, and the page would be registered again."""
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")
+    engine = Engine()
+    engine.probe[D] = lambda: 0 if len(engine.asked) == 1 or engine.goes_on.wait(10) else REFUSED
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert wait_until(lambda: len(engine.asked) == 2), "the second probe is the one that reads follow"
+    manager.teardown()
+    running = set(threading.enumerate())
+    engine.goes_on.set()
+    assert wait_until(lambda: set(threading.enumerate()) < running)
+    assert (engine.reads, engine.registered) == ([], [])
+
+
+def test_nobody_is_probed_after_a_teardown(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it was still being looked whether bytes of a failed transfer may land."""
+    looks, goes_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(late_bytes.LateBytes, "may_land", lambda *_: looks.set() or not goes_on.wait(10))
+    engine = Engine()
+    manager = make_manager(engine)
+    manager.register_decode(D, SOME_MEMORY)
+    blacklist(manager, D)
+    assert looks.wait(10)
+    asked = len(engine.asked)
+    manager.teardown()
+    running = set(threading.enumerate())
+    goes_on.set()
+    assert wait_until(lambda: set(threading.enumerate()) < running)
+    assert len(engine.asked) == asked
 
 
 def test_reads_that_are_about_to_end_are_waited_for_at_a_teardown(

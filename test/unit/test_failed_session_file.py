@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from kit.fake_engine import REFUSED, Engine
+from kit.fake_engine import REFUSED, Engine, raises
 from kit.managers import D, MakeManager, blacklist, blacklisted
 from kit.paths import PYTHON_FOLDER, PYTHONPATH
 from kit.waiting import wait_until
@@ -435,6 +436,12 @@ def test_a_file_that_holds_something_else_is_refused_in_one_line_and_left_alone(
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 500
     assert path.exists()
+
+
+def test_a_folder_that_cannot_be_looked_through_stops_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the process has no descriptor left when it starts."""
+    monkeypatch.setattr(failed_session_file, "folders", raises(OSError(errno.EMFILE, "Too many open files")))
+    failed_session_file.remove_dead()
 
 
 @pytest.mark.parametrize("case", ["empty", "no JSON", "no object", "control characters", "no UTF-8"])

@@ -12,6 +12,7 @@ import pytest
 from kit.fake_engine import raises
 from kit.managers import threads
 from kit.waiting import wait_until
+from sglang.srt.disaggregation.mooncake import probe_workers
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
 from sglang.srt.disaggregation.mooncake.probe_workers import Answer, Workers
 
@@ -94,6 +95,21 @@ def test_a_call_that_raises_comes_back_with_what_it_raised_and_the_next_is_made(
     assert found == {0: (None, error), 1: (0, None), 2: (0, None), 3: (0, None)}
 
 
+def test_a_call_comes_back_if_there_is_no_memory_for_it_nor_for_saying_so(
+    crew: Crew, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = MemoryError()
+
+    def fail(_: int) -> None:
+        monkeypatch.setattr(probe_workers, "Answer", raises(error))
+        raise error
+
+    crew.does = fail
+    crew.start(1)
+    (answer,) = crew.answered(1)
+    assert answer.error is error
+
+
 def test_a_call_tells_the_thread_that_is_in_the_engine_for_it_for_as_long_as_it_is(crew: Crew) -> None:
     """That is the thread whose wait is ended if the call hangs."""
     goes_on, inside = threading.Event(), queue.SimpleQueue[int]()
@@ -142,11 +158,13 @@ def test_threads_that_hang_end_when_they_come_back_after_the_close(crew: Crew) -
     assert wait_until(lambda: not threads(NAME))
 
 
+@pytest.mark.parametrize("method", ["__init__", "start"])
 def test_where_no_thread_can_be_had_each_call_comes_back_with_the_reason(
-    crew: Crew, monkeypatch: pytest.MonkeyPatch
+    method: str, crew: Crew, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as at_its_limit:
-        at_its_limit.setattr(threading.Thread, "start", lambda _: raises(RuntimeError("can't start new thread"))())
+        no_thread = raises(RuntimeError("can't start new thread"))
+        at_its_limit.setattr(threading.Thread, method, lambda *_, **__: no_thread())
         crew.start(16)
     came = crew.answered(16)
     assert {answer.call.generation for answer in came} == set(range(16)), "a session is never asked again"

@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 import pytest
 from kit.fake_engine import PENDING, REFUSED, Engine, raises, result_of
+from kit.waiting import wait_until
 from sglang.srt.disaggregation.mooncake import session_probe
 from sglang.srt.disaggregation.mooncake.conn import PeerMemory
 from sglang.srt.disaggregation.mooncake.probe_schedule import Call
@@ -434,7 +435,7 @@ def test_an_engine_of_a_kind_that_nothing_can_refer_to_weakly_is_read_too() -> N
     for _ in range(2):
         assert found(reader(plain).begin(D)) == (Verdict.READABLE, "")
     assert len(engine.registered) == 1
-    reader(plain).close()
+    reader(plain).close(still_read=False)
     assert engine.deregistered == [engine.registered[0][0]]
 
 
@@ -445,8 +446,32 @@ def test_a_page_that_mooncake_does_not_deregister_serves_the_next_reader(deregis
     for _ in range(2):
         peer = reader(engine)
         assert peer.begin(D).look() is Verdict.READABLE
-        peer.close()
+        peer.close(still_read=False)
     assert len(engine.registered) == 1, "Mooncake refuses memory that is registered already"
+
+
+def test_a_page_that_was_read_into_when_a_reader_was_closed_stays_registered() -> None:
+    engine = Engine()
+    for still_read in (True, False):
+        peer = reader(engine)
+        assert peer.begin(D).look() is Verdict.READABLE
+        peer.close(still_read)
+    assert (len(engine.registered), engine.deregistered) == (1, [])
+
+
+def test_no_reader_waits_to_be_closed_while_another_registers_the_page() -> None:
+    """Which can take long, and a teardown may not."""
+    engine, goes_on = Engine(), threading.Event()
+    engine.registers = lambda: 0 if goes_on.wait(10) else -1
+    other = threading.Thread(target=reader(engine).begin, args=(D,))
+    other.start()
+    assert wait_until(lambda: engine.registered)
+    idle = threading.Thread(target=reader(Engine()).close, args=(False,))
+    idle.start()
+    idle.join(5)
+    assert not idle.is_alive()
+    goes_on.set()
+    other.join(10)
 
 
 # When they are looked at.

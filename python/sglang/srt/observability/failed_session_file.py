@@ -161,10 +161,11 @@ def _remove(path: pathlib.Path) -> None:
 
 def remove_dead() -> None:
     """Removes the files of schedulers that were killed. Raises nothing."""
-    for path in paths():
-        if path.name not in _own_names:  # a process that closes its own file loses the lock on it
-            with contextlib.suppress(Exception):
-                read(path)
+    with contextlib.suppress(OSError):  # no descriptor is left to look through a folder
+        for path in paths():
+            if path.name not in _own_names:  # a process that closes its own file loses the lock on it
+                with contextlib.suppress(Exception):
+                    read(path)
 
 
 # Reading.

@@ -147,8 +147,12 @@ class _FailedSessionProber:
             self._say_fault(fault)
         self.metrics.stop()
         self._file.remove()
-        if not self.watch.in_flight() and self._pending.next_look_in() is None:  # else a read may still write there
-            self._reader.close()
+        users = (prober for prober in list(_probers) if prober._engine is self._engine)
+        self._reader.close(still_read=any(prober._is_reading() for prober in users))
+
+    def _is_reading(self) -> bool:
+        """True if a read of it may still write to the page. Any thread."""
+        return self._pending.next_look_in() is not None or any(call.read for call in list(self.watch.places))
 
     def _wind_up(self) -> None:
         """Takes in the calls and reads that are about to return, and ends the other calls."""
@@ -223,12 +227,15 @@ class _FailedSessionProber:
         anything.
         """
         too_soon = call.read and self._bytes_may_land(call.session)  # before the probe: reads follow an answer at once
+        if self.shutdown.is_set():  # while that was looked up
+            return _probe_workers.Answer(call)
         began = time.monotonic()
         probe = _session_probe.probe_and_listen if call.listen and self._can_probe else _session_probe.probe
         rc = probe(self._engine, call.session)
         took_s = time.monotonic() - began
         call.answered = rc == 0
-        reads = self._begin_reads(call.session, too_soon) if call.read and call.answered else None
+        is_read = call.read and call.answered and not self.shutdown.is_set()  # nobody would look at its reads
+        reads = self._begin_reads(call.session, too_soon) if is_read else None
         return _probe_workers.Answer(call, rc, took_s, reads)
 
     def _bytes_may_land(self, session: str) -> bool:
@@ -343,8 +350,13 @@ _probers: weakref.WeakSet[_FailedSessionProber] = weakref.WeakSet()
 
 
 def _stop_probers() -> None:
-    for prober in list(_probers):
-        prober.stop_at_exit()
+    probers = list(_probers)
+    try:
+        for prober in probers:
+            prober.shutdown.set()  # they stop side by side
+    finally:  # a signal handler may raise in it
+        for prober in probers:
+            prober.stop_at_exit()
 
 
 def _free_locks() -> None:

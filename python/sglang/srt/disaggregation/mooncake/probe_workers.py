@@ -64,14 +64,13 @@ class Workers:
         if call is None:
             return
         if not self._take_idle(1):
-            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-            self._threads.add(thread)
             try:
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 thread.start()
             except Exception as error:  # the process has no thread or no memory left
-                self._threads.discard(thread)
                 self._answers.put(Answer(call, error=error))
                 return
+            self._threads.add(thread)
         self._handed_out.put(call)
 
     def _next_waiting(self) -> Optional[Call]:
@@ -104,11 +103,12 @@ class Workers:
         thread = threading.get_native_id()
         call = self._handed_out.get()
         while call is not None:
+            answer = Answer(call)  # now, because a call may fail for want of memory
             call.thread = thread
             try:
                 answer = self._make(call)
             except BaseException as error:  # whatever an engine raises, the next session goes on
-                answer = Answer(call, error=error)
+                answer.error = error
             call.thread = 0
             call = self._next_waiting()
             if call is None:

@@ -44,6 +44,7 @@ REFUSED_WITHIN_S = 1.0
 _page = mmap.mmap(-1, mmap.PAGESIZE)
 _PAGE = ctypes.addressof(ctypes.c_char.from_buffer(_page))
 _page_is_registered_with: dict[int, Callable[[], Any]] = {}  # by its id; gives the engine, None if that is gone
+_page_stays_with: set[int] = set()  # by its id, because of reads that were pending when a manager was stopped
 _page_lock = threading.Lock()
 
 
@@ -211,7 +212,7 @@ class Reads:
         if type(status) is int and status in (0, 1):
             return status == 1
         self.failed(why)
-        return bool(status != timed_out)
+        return type(status) is not int or status != timed_out
 
 
 def _returned(read: Callable[[], Any]) -> tuple[Any, str]:
@@ -310,14 +311,19 @@ class MemoryReader:
             if not have_failed or not self._begin_one(reads, begin):
                 return
 
-    def close(self) -> None:
-        """Deregisters the page, so that a stopped manager leaves nothing with the engine. Only while nothing is read;
-        what is begun later registers it again. Raises nothing.
+    def close(self, still_read: bool) -> None:
+        """Deregisters the page, so that a stopped manager leaves nothing with the engine; whoever reads after that
+        registers it again. Not if it is ``still_read``, and then never. Raises nothing.
         """
         mooncake = mooncake_engine(self._engine)
-        with _page_lock, contextlib.suppress(BaseException):  # an engine may raise anything, or lack the method
+        if still_read:
+            _page_stays_with.add(id(mooncake))
+        if id(mooncake) in _page_stays_with or not _page_lock.acquire(blocking=False):  # it is registered just now
+            return
+        with contextlib.suppress(BaseException):  # an engine may raise anything, or lack the method
             if _is_registered_with(mooncake) and mooncake.unregister_memory(_PAGE) == 0:
                 del _page_is_registered_with[id(mooncake)]
+        _page_lock.release()
 
     def _address_of(self, session: str) -> Optional[int]:
         with contextlib.suppress(Exception):  # addresses of a kind that we do not know
