@@ -383,6 +383,12 @@ BREAKS = [
         "True",
     ),
     Break("its time does not begin anew", Session._waits_for_bytes, "if self.bytes_since is None:", "if True:"),
+    Break(
+        "a bad moment takes back nothing that was learnt of bytes",
+        Session._hold_after_probation_s,
+        "            self.bytes_mislead",
+        "        self.bytes_mislead",
+    ),
     Break("bytes that mislead are not waited for", Session._waits_for_bytes, " or self.bytes_mislead:", ":"),
     Break(
         "without SETTLE no bytes are waited for",
@@ -424,6 +430,18 @@ BREAKS = [
         Session._read_on_probation,
         "if self.still_unreadable:",
         "if False:",
+    ),
+    Break(
+        "a whole probation unread is work unread",
+        Session._read_on_probation,
+        "self.still_unreadable = self.reads_mislead = True",
+        "self.still_unreadable = True",
+    ),
+    Break(
+        "nobody is let in unverified while its probe hangs",
+        SessionWatch._carry_out,
+        "not unverified or call is None or call.answered",
+        "True",
     ),
     Break(
         "a failure begins the proof anew",
@@ -504,6 +522,12 @@ BREAKS = [
         "[]",
     ),
     Break("reads of one session leave places", SessionWatch._reads_in_the_way, "if len(own) > 1", "if False"),
+    Break(
+        "a call that was ended in vain is waited for no longer",
+        SessionWatch._call,
+        " and now < call.made_at + 2 * READ_HANGS_S",
+        "",
+    ),
     Break("reads that are in the way are ended", SessionWatch._call, "self._to_end += [", "_ = ["),
     Break(
         "pending reads leave no entries an INTERVAL ahead",
@@ -586,8 +610,8 @@ BREAKS = [
     Break(
         "no read without a fresh answer",
         Prober._make,
-        "if call.read and call.answered else None",
-        "if call.read else None",
+        "is_read = call.read and call.answered and",
+        "is_read = call.read and",
     ),
     Break("late is what was seen pending", Reads.look, "self._late |= not in_time", "pass", PROBE_TESTS),
     Break("what nobody looked at in time may be late", Reads.look, "if in_time else", "if True else", PROBE_TESTS),
@@ -810,8 +834,8 @@ BREAKS = [
     Break(
         "a thread that cannot be made is an answer",
         Workers._start_next,
-        "            try:\n                thread = threading.Thread(target=self._work, name=self._name, daemon=True)\n",
-        "            thread = threading.Thread(target=self._work, name=self._name, daemon=True)\n            try:\n",
+        "except Exception as error",
+        "except OSError as error",
         WORKER_TESTS,
     ),
     Break(

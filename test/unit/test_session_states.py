@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -786,11 +787,17 @@ def test_a_call_that_cannot_be_ended_does_not_keep_its_session_out_of_the_next_o
     assert not prober.request(D)
 
 
-def test_calls_whose_reads_hang_for_good_and_cannot_be_ended_do_not_pile_up() -> None:
-    prober = VirtualProber(calls_can_be_ended=False)
+FOR_GOOD = pytest.mark.parametrize(
+    "kernel", [{"calls_can_be_ended": False}, {"ending_takes_s": math.inf}], ids=["not ended", "ended in vain"]
+)
+
+
+@FOR_GOOD
+def test_calls_whose_reads_hang_for_good_do_not_pile_up(kernel: dict[str, Any]) -> None:
+    prober = VirtualProber(**kernel)
     prober.fail(D, peer=BEGIN_HANGS)
     for _ in range(40):
-        wait_until_let_in(prober)
+        assert wait_until_let_in(prober) < 35, "a healthy peer is in use less than with a loop of 30 s"
         prober.run(0.5)
         prober.request(D)
         prober.run(12)
@@ -802,9 +809,12 @@ def test_calls_whose_reads_hang_for_good_and_cannot_be_ended_do_not_pile_up() ->
     assert not prober.request("well:1")
 
 
+@FOR_GOOD
 @pytest.mark.parametrize("hang", [16, 40, 100])
-def test_beside_calls_whose_reads_hang_for_good_and_cannot_be_ended_one_is_let_in_as_a_loop_would(hang: int) -> None:
-    prober = VirtualProber(calls_can_be_ended=False)
+def test_beside_calls_whose_reads_hang_for_good_one_is_let_in_as_a_loop_would(
+    hang: int, kernel: dict[str, Any]
+) -> None:
+    prober = VirtualProber(**kernel)
     prober.fail(*many("hangs", hang), peer=BEGIN_HANGS)
     prober.run(5)
     prober.fail("well:1", peer=HEALTHY)
@@ -1239,6 +1249,18 @@ def test_a_peer_whose_reads_hang_is_let_in_after_interval_with_the_reason(peer: 
     assert prober.let_in(D) == [(about(30.0), hang_for(29))]
 
 
+def test_a_peer_that_falls_silent_while_its_reads_hang_is_not_let_in() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_DROPPED)
+    prober.run(25)
+    prober.becomes(D, HUNG)
+    prober.run(100)
+    assert prober.request(D), "let in though its probe hangs"
+    prober.becomes(D, HEALTHY)
+    prober.run(65)
+    assert not prober.request(D)
+
+
 @pytest.mark.parametrize("can_be_ended", [True, False])
 def test_a_peer_whose_reading_calls_hang_is_let_in_after_interval_with_the_reason(can_be_ended: bool) -> None:
     prober = VirtualProber(calls_can_be_ended=can_be_ended)
@@ -1555,6 +1577,28 @@ def test_a_peer_that_worked_though_it_cannot_be_read_is_let_in_soon_until_three_
         assert wait_until_let_in(prober) < 6, "one failed use takes back what was learnt"
     prober.fail(D)
     assert wait_until_let_in(prober) > 100, "it is let in unverified again and again, and each costs a request"
+
+
+def test_a_peer_that_worked_unread_for_a_whole_probation_is_let_in_soon_if_its_next_use_fails() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=DATA_PORT_REJECTED)
+    wait_until_let_in(prober)
+    use_until(prober, prober.clock.now + 61)
+    prober.request(D)
+    prober.fail(D)
+    assert wait_until_let_in(prober) < 3, "nobody noted that it had worked"
+
+
+def test_a_peer_that_worked_though_bytes_may_land_is_let_in_soon_in_a_bad_moment() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    wait_until_let_in(prober)
+    use_for(prober, 2)
+    for _ in range(3):
+        prober.fail(D)
+        assert wait_until_let_in(prober) < 6, "one failed use takes back what was learnt"
+    prober.fail(D)
+    assert wait_until_let_in(prober) > 25, "the bytes of three failed transfers in a row are not waited for"
 
 
 def test_another_failure_while_it_is_blacklisted_is_no_relapse() -> None:

@@ -78,6 +78,7 @@ class VirtualProber:
         *blacklisted: Any,
         jitter: float = 0.5,
         calls_can_be_ended: bool = True,
+        ending_takes_s: float = ENDING_TAKES_S,
         transfer_timeout_s: float = TRANSFER_TIMEOUT_S,
         **settings: Any,
     ) -> None:
@@ -91,6 +92,7 @@ class VirtualProber:
         self._probe_answered_at: dict[Call, float] = {}
         self._connected_at: dict[Call, float] = {}
         self._calls_can_be_ended = calls_can_be_ended
+        self._ending_takes_s = ending_takes_s
         self._woken = False
         self._wakes_at = math.inf
         self._shut_down_at = math.inf
@@ -257,7 +259,7 @@ class VirtualProber:
     def _end(self, call: Call) -> None:
         self._note("ended", call.session, call)
         call.ended = True
-        self.out[call] = self.clock.now + ENDING_TAKES_S, call.read and call.answered
+        self.out[call] = self.clock.now + self._ending_takes_s, call.read and call.answered
 
     def _make(self, call: Call) -> None:
         peer = self._peers[call.session]

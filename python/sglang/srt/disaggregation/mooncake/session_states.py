@@ -462,7 +462,7 @@ class Session:
             return Forget()
         if self.still_unreadable:
             return SwitchVerificationOff()
-        self.still_unreadable = True
+        self.still_unreadable = self.reads_mislead = True
         self.relapses = self.failed_first_uses = 0
         self.reads_since = None
         self.requested_at = now
@@ -480,7 +480,7 @@ class Session:
         worked = self.uses > 1
         if worked or self.failed_first_uses > 1:  # a peer that has a bad moment is let in twice within it
             self.reads_mislead = worked and (self.unreadable is not None or self.late_since is not None)
-        self.bytes_mislead = worked and self.is_too_soon
+            self.bytes_mislead = worked and self.is_too_soon
         if worked and self.last_used_at - self.used_at >= first_s:
             self.relapses = self.failed_first_uses = 0
             return 0.0

@@ -410,7 +410,9 @@ class SessionWatch:
                 known.read_next = True
                 self._due.probe_at(known, at)
             case LetIn(unverified):
-                self._let_in(known, now, unverified)
+                call = self._in_flight.get(known.id)
+                if not unverified or call is None or call.answered:  # else its probe may hang: the answer decides
+                    self._let_in(known, now, unverified)
             case Forget():
                 self._forget(known.id)
             case None:
@@ -503,7 +505,7 @@ class SessionWatch:
         if read and (in_the_way := self._reads_in_the_way(known)):
             untried = [call for call in in_the_way if call.end_tried_at < call.made_at]
             self._to_end += [call for call in untried if now >= call.made_at + self.places.YOUNG_S]
-            may_return = untried or any(call.ended for call in in_the_way)
+            may_return = untried or any(call.ended and now < call.made_at + 2 * READ_HANGS_S for call in in_the_way)
             known.cannot_read(now, "" if may_return else NO_PLACE_TO_READ)
             read = False
         call = Call(known.id, known.generation, now, read, listen, connects_by=known.connects_by(now))
