@@ -525,9 +525,17 @@ BREAKS = [
     Break(
         "a call that was ended in vain is waited for no longer",
         SessionWatch._call,
-        " and now < call.made_at + 2 * READ_HANGS_S",
+        " and now < call.returns_by",
         "",
     ),
+    Break("a call that was just ended is waited for", SessionWatch.to_end, "now + READ_HANGS_S", "call.made_at"),
+    Break(
+        "a probe that keeps its session out is ended",
+        SessionWatch._carry_out,
+        "self._to_end.append(call)",
+        "pass",
+    ),
+    Break("bytes are forgotten when reads fail", Session.read, "self.is_too_soon = False", "pass"),
     Break("reads that are in the way are ended", SessionWatch._call, "self._to_end += [", "_ = ["),
     Break(
         "pending reads leave no entries an INTERVAL ahead",
@@ -797,7 +805,7 @@ BREAKS = [
         "[mooncake.unregister_memory(_PAGE)]",
         PROBE_TESTS,
     ),
-    Break("the page is deregistered at a stop", Prober.run, "self._reader.close(still_read=", "bool(", CONN_TESTS),
+    Break("the page is deregistered at a stop", Prober.run, "self._reader.close(", "bool(", CONN_TESTS),
     Break(
         "a page stays while reads are pending",
         Prober._is_reading,
@@ -822,6 +830,14 @@ BREAKS = [
     ),
     Break("no teardown waits for a page", MemoryReader.close, "acquire(blocking=False)", "acquire()", PROBE_TESTS),
     Break("nobody is probed after a stop", Prober._make, "if self.shutdown.is_set():", "if False:", CONN_TESTS),
+    Break(
+        "a probe that was not made is not counted",
+        Prober._hand_over,
+        "if answer.rc is not None or answer.error is not None",
+        "if True",
+        CONN_TESTS,
+    ),
+    Break("threads that have ended are forgotten", Workers._work, "self._threads.discard(", "bool(", WORKER_TESTS),
     Break("nothing is read after a stop", Prober._make, " and not self.shutdown.is_set()", "", CONN_TESTS),
     Break("managers stop side by side", conn._stop_probers, "prober.shutdown.set()", "pass", CONN_TESTS),
     Break(
@@ -841,8 +857,8 @@ BREAKS = [
     Break(
         "a call without memory is an answer",
         Workers._work,
-        "answer.error = error",
-        "answer = Answer(call, error=error)",
+        "made, answer.error = answer, error",
+        "made = Answer(answer.call, error=error)",
         WORKER_TESTS,
     ),
     Break(

@@ -670,10 +670,18 @@ def test_a_page_that_a_pending_read_may_still_write_to_stays_registered(
 def test_a_page_that_another_manager_reads_into_stays_registered(
     reads_are: list[str], make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, _ = with_pending_reads(make_manager, reads_are)
-    switch_roles(engine, monkeypatch, until=lambda _: True)
+    monkeypatch.setattr(session_probe, "_page_stays_with", set())
+    engine, manager = with_pending_reads(make_manager, reads_are)
+    assert wait_until(manager._failed_session_prober._is_reading)
+    wrapper = Engine()
+    wrapper.engine = engine  # type: ignore[attr-defined]  # another wrapper of the same engine of Mooncake's
+    switch_roles(wrapper, monkeypatch, until=lambda _: True)
     assert engine.deregistered == []
+    engine.read = 0
     engine.goes_on.set()
+    assert wait_until(lambda: not manager._failed_session_prober._is_reading())
+    manager.teardown()
+    assert len(engine.registered) == len(engine.deregistered) == 1, "the last manager leaves it registered"
 
 
 def test_at_an_exit_all_managers_stop_side_by_side(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -708,19 +716,23 @@ def test_nothing_is_read_after_a_teardown(make_manager: MakeManager, monkeypatch
 
 def test_nobody_is_probed_after_a_teardown(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it was still being looked whether bytes of a failed transfer may land."""
+    monkeypatch.setattr(conn, "_STOP_GRACE_S", 2.5)  # in place of 0.1 s: however slow the machine
+    monkeypatch.setattr(conn, "_STOP_WITHIN_S", 2.5)
     looks, goes_on = threading.Event(), threading.Event()
     monkeypatch.setattr(late_bytes.LateBytes, "may_land", lambda *_: looks.set() or not goes_on.wait(10))
     engine = Engine()
     manager = make_manager(engine)
+    counted: list[Any] = []
+    monkeypatch.setattr(manager._failed_session_prober.metrics, "probed", counted.extend)
     manager.register_decode(D, SOME_MEMORY)
     blacklist(manager, D)
     assert looks.wait(10)
     asked = len(engine.asked)
+    threading.Timer(0.05, goes_on.set).start()
     manager.teardown()
-    running = set(threading.enumerate())
-    goes_on.set()
-    assert wait_until(lambda: set(threading.enumerate()) < running)
+    assert watch_of(manager).in_flight() == 0
     assert len(engine.asked) == asked
+    assert "unanswered" not in dict(counted), "a probe that was not made is counted"
 
 
 def test_reads_that_are_about_to_end_are_waited_for_at_a_teardown(
@@ -1319,11 +1331,15 @@ def test_an_answer_that_cannot_be_taken_in_costs_the_others_nothing_and_is_asked
         answered(self, call, **answer)
 
     monkeypatch.setattr(SessionWatch, "answered", fails_twice)
-    manager = make_manager(Engine())
-    blacklist(manager, *many(12))
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")  # the first answer lets in
+    monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_VERIFY", "off")
+    engine = Engine()
+    manager = make_manager(engine)
+    blacklist(manager, *many(16))
     assert wait_until(lambda: not blacklisted(manager)), "sessions whose answer was lost are never asked again"
     assert watch_of(manager).in_flight() == 0
     assert caplog.text.count("MemoryError: none left") == 1
+    assert len(engine.asked) == 16 + 2, "answers that came with the lost ones are lost, too"
 
 
 @pytest.mark.parametrize("ours", [(late_bytes.LateBytes, "may_land"), (MemoryReader, "begin")], ids=["look", "read"])

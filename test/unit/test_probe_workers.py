@@ -147,6 +147,18 @@ def test_idle_threads_serve_the_next_calls_and_are_ended_when_they_are_not_wante
     assert crew.numbers(2) == {0, 1}
 
 
+def test_nothing_is_kept_of_threads_that_have_ended(crew: Crew) -> None:
+    for _ in range(300):
+        crew.start(1)
+        crew.answered(1)
+        crew.workers.release_idle()
+        crew.start(1)  # on a thread that is made before the one released has ended
+        crew.answered(1)
+        crew.workers.release_idle()
+    assert wait_until(lambda: not threads(NAME))
+    assert not crew.workers._threads
+
+
 def test_threads_that_hang_end_when_they_come_back_after_the_close(crew: Crew) -> None:
     goes_on = threading.Event()
     crew.does = lambda number: goes_on.wait(30)

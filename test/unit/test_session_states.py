@@ -837,6 +837,18 @@ def test_beside_calls_whose_reads_hang_and_can_be_ended_one_is_let_in_soon(hang:
     assert hang == 16 or min(ended_after_s) < 0.5, "others wait a second for their places"
 
 
+def test_after_28_peers_have_stopped_before_they_were_read_another_one_is_read_as_soon_as_one_is_ended() -> None:
+    prober = VirtualProber(ending_takes_s=0.05)
+    prober.fail(*many("stopped", 28), peer=HEALTHY)
+    prober.run(0.9)
+    for session in many("stopped", 28):
+        prober.becomes(session, HUNG)
+    prober.run(5)
+    prober.fail("well:1", peer=HEALTHY)
+    prober.run(1.5)
+    assert not prober.request("well:1"), "a call that has just been ended counts as one that was ended in vain"
+
+
 def test_a_call_that_is_to_read_and_whose_probe_hangs_is_answered_when_the_peer_resumes() -> None:
     prober = VirtualProber()
     prober.fail(D, peer=HEALTHY)
@@ -1256,9 +1268,34 @@ def test_a_peer_that_falls_silent_while_its_reads_hang_is_not_let_in() -> None:
     prober.becomes(D, HUNG)
     prober.run(100)
     assert prober.request(D), "let in though its probe hangs"
+
+
+def test_a_probe_that_hangs_when_a_peer_could_be_let_in_unverified_is_ended_and_made_again() -> None:
+    """Its connection may be dead, and the peer well."""
+    prober = VirtualProber()
+    prober.fail(D, peer=dataclasses.replace(DATA_PORT_DROPPED, read_takes=32.0))
+    prober.run(25)
+    prober.becomes(D, HUNG)
+    prober.run(7)
+    assert prober.request(D)
     prober.becomes(D, HEALTHY)
-    prober.run(65)
-    assert not prober.request(D)
+    prober.run(3)
+    assert prober.let_in(D) == [(pytest.approx(34.3, abs=0.5), None)]
+
+
+def test_what_was_learnt_of_bytes_does_not_outlast_reads_that_failed() -> None:
+    prober = VirtualProber()
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    prober.run(28)
+    prober.becomes(D, dataclasses.replace(BYTES_MAY_LAND, read_takes=15.0))
+    prober.run(2)
+    prober.becomes(D, HUNG)  # so it is not let in when those reads end
+    prober.run(18)
+    prober.becomes(D, DATA_PORT_REJECTED)
+    wait_until_let_in(prober)
+    use_for(prober, 2)
+    prober.fail(D, peer=BYTES_MAY_LAND)
+    assert wait_until_let_in(prober) > 25, "it was taken for one that had worked while bytes could land"
 
 
 @pytest.mark.parametrize("can_be_ended", [True, False])

@@ -259,7 +259,8 @@ class VirtualProber:
     def _end(self, call: Call) -> None:
         self._note("ended", call.session, call)
         call.ended = True
-        self.out[call] = self.clock.now + self._ending_takes_s, call.read and call.answered
+        returns_at = self.clock.now + self._ending_takes_s
+        self.out[call] = min(returns_at, self.out[call][0]), call.read and call.answered
 
     def _make(self, call: Call) -> None:
         peer = self._peers[call.session]

@@ -147,8 +147,10 @@ class _FailedSessionProber:
             self._say_fault(fault)
         self.metrics.stop()
         self._file.remove()
-        users = (prober for prober in list(_probers) if prober._engine is self._engine)
-        self._reader.close(still_read=any(prober._is_reading() for prober in users))
+        still_read, mooncake = self._is_reading(), _session_probe.mooncake_engine(self._engine)
+        users = (other for other in list(_probers) if _session_probe.mooncake_engine(other._engine) is mooncake)
+        if still_read or not any(other._is_reading() for other in users):  # else the last of them closes it
+            self._reader.close(still_read)
 
     def _is_reading(self) -> bool:
         """True if a read of it may still write to the page. Any thread."""
@@ -227,7 +229,7 @@ class _FailedSessionProber:
         anything.
         """
         too_soon = call.read and self._bytes_may_land(call.session)  # before the probe: reads follow an answer at once
-        if self.shutdown.is_set():  # while that was looked up
+        if self.shutdown.is_set():  # by now: to ask the kernel may take long
             return _probe_workers.Answer(call)
         began = time.monotonic()
         probe = _session_probe.probe_and_listen if call.listen and self._can_probe else _session_probe.probe
@@ -286,7 +288,8 @@ class _FailedSessionProber:
                 self._log.probe_raised(answer.call.session, answer.error)
         unreadable = _session_states.Verdict.UNREADABLE
         ended = [("unverified" if verdict is unreadable else "answered", None) for _, verdict, *_ in shown]
-        self.metrics.probed([*map(self._counted, received), *ended])
+        made = [answer for answer in received if answer.rc is not None or answer.error is not None]  # others: at a stop
+        self.metrics.probed([*map(self._counted, made), *ended])
         return len(received)
 
     def _tell_answer(self, answer: _probe_workers.Answer) -> None:
@@ -351,9 +354,9 @@ _probers: weakref.WeakSet[_FailedSessionProber] = weakref.WeakSet()
 
 def _stop_probers() -> None:
     probers = list(_probers)
-    try:
+    try:  # they stop side by side
         for prober in probers:
-            prober.shutdown.set()  # they stop side by side
+            prober.shutdown.set()
     finally:  # a signal handler may raise in it
         for prober in probers:
             prober.stop_at_exit()

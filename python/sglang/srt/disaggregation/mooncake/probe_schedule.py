@@ -29,6 +29,7 @@ class Call:
     thread: int = 0  # the kernel's id of the worker thread that makes it, 0 before and after
     connects_by: float = NEVER  # if it has not connected by then, it is ended
     end_tried_at: float = -NEVER
+    returns_by: float = NEVER  # if it has not by then, it was ended in vain
     ended: bool = False  # it hung, and was ended
     not_connected: bool = False  # it was ended because it had not connected
 
@@ -115,7 +116,7 @@ class Places:
         return len(self._calls)
 
     def __iter__(self) -> Iterator[Call]:
-        return iter(self._calls)
+        return iter(list(self._calls))  # at once: another thread may look
 
     def take(self, call: Call) -> None:
         self._calls[call] = None

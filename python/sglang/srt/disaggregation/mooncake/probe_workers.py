@@ -38,8 +38,8 @@ class Workers:
         self._name = name
         self._make = make
         self._answers = answers
-        self._handed_out: queue.SimpleQueue[Optional[Call]] = queue.SimpleQueue()
-        self._waiting: collections.deque[Call] = collections.deque()  # each thread takes its next call from here
+        self._handed_out: queue.SimpleQueue[Optional[Answer]] = queue.SimpleQueue()
+        self._waiting: collections.deque[Answer] = collections.deque()  # each thread takes its next call from here
         self._none_waits = threading.Event()
         self._idle = 0
         self._idle_lock = threading.Lock()
@@ -50,7 +50,7 @@ class Workers:
         """Makes each call. Returns when each has a thread, after MOST_RETURN_WITHIN_S at most; a single one gets it at
         once.
         """
-        self._waiting.extend(calls)
+        self._waiting.extend([Answer(call) for call in calls])  # here, because on a thread no memory may be left
         self._none_waits.clear()
         self._start_next()
         if self._waiting:
@@ -60,20 +60,19 @@ class Workers:
 
     def _start_next(self) -> None:
         """Gives the call that has waited longest an idle thread, or a new one."""
-        call = self._next_waiting()
-        if call is None:
+        answer = self._next_waiting()
+        if answer is None:
             return
         if not self._take_idle(1):
             try:
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                thread.start()
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
             except Exception as error:  # the process has no thread or no memory left
-                self._answers.put(Answer(call, error=error))
+                answer.error = error
+                self._answers.put(answer)
                 return
-            self._threads.add(thread)
-        self._handed_out.put(call)
+        self._handed_out.put(answer)
 
-    def _next_waiting(self) -> Optional[Call]:
+    def _next_waiting(self) -> Optional[Answer]:
         try:
             return self._waiting.popleft()
         except IndexError:
@@ -100,25 +99,25 @@ class Workers:
             thread.join(max(0.0, until - time.monotonic()))
 
     def _work(self) -> None:
+        self._threads.add(threading.current_thread())
         thread = threading.get_native_id()
-        call = self._handed_out.get()
-        while call is not None:
-            answer = Answer(call)  # now, because a call may fail for want of memory
-            call.thread = thread
+        answer = self._handed_out.get()
+        while answer is not None:
+            answer.call.thread = thread
             try:
-                answer = self._make(call)
+                made = self._make(answer.call)
             except BaseException as error:  # whatever an engine raises, the next session goes on
-                answer.error = error
-            call.thread = 0
-            call = self._next_waiting()
-            if call is None:
+                made, answer.error = answer, error
+            answer.call.thread = 0
+            answer = self._next_waiting()
+            if answer is None:
                 with self._idle_lock:
                     self._idle += 1  # before the answer, so that whoever gets that can use this thread
-            self._answers.put(answer)
-            del answer
-            if call is None:
+            self._answers.put(made)
+            del made
+            if answer is None:
                 self._none_waits.set()
-                call = self._handed_out.get()
+                answer = self._handed_out.get()
         if self._closed:
             self._handed_out.put(None)  # ends the next thread
         self._threads.discard(threading.current_thread())

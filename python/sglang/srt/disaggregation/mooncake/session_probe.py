@@ -313,7 +313,7 @@ class MemoryReader:
 
     def close(self, still_read: bool) -> None:
         """Deregisters the page, so that a stopped manager leaves nothing with the engine; whoever reads after that
-        registers it again. Not if it is ``still_read``, and then never. Raises nothing.
+        registers it again. Not if reads of this one are pending (``still_read``), and then never. Raises nothing.
         """
         mooncake = mooncake_engine(self._engine)
         if still_read:
@@ -346,6 +346,7 @@ class MemoryReader:
             try:
                 rc = mooncake.register_memory(_PAGE, mmap.PAGESIZE)
                 if rc == 0:
+                    _page_stays_with.discard(id(mooncake))  # of an engine that is gone
                     _page_is_registered_with[id(mooncake)] = _reference_to(mooncake)
                     return True
                 what = f"gave {printable_repr(rc)}"

@@ -241,6 +241,7 @@ class Session:
             return self._read_on_probation(now, verdict)
         if verdict is Verdict.UNREADABLE:
             self.unreadable = why
+            self.is_too_soon = False
             if now >= self._opens_at():
                 return LetIn(unverified=why)
             is_reachable = self.machine_read_at is not None and self.machine_read_at >= began

@@ -232,6 +232,7 @@ class SessionWatch:
         self._to_end.clear()
         for call in calls:
             call.end_tried_at = now
+            call.returns_by = min(call.returns_by, now + READ_HANGS_S)
         return calls
 
     def to_end_if_connecting(self) -> list[Call]:
@@ -411,8 +412,10 @@ class SessionWatch:
                 self._due.probe_at(known, at)
             case LetIn(unverified):
                 call = self._in_flight.get(known.id)
-                if not unverified or call is None or call.answered:  # else its probe may hang: the answer decides
+                if not unverified or call is None or call.answered:
                     self._let_in(known, now, unverified)
+                elif now >= call.made_at + READ_HANGS_S:  # its probe hangs: the answer to another one decides
+                    self._to_end.append(call)
             case Forget():
                 self._forget(known.id)
             case None:
@@ -505,7 +508,7 @@ class SessionWatch:
         if read and (in_the_way := self._reads_in_the_way(known)):
             untried = [call for call in in_the_way if call.end_tried_at < call.made_at]
             self._to_end += [call for call in untried if now >= call.made_at + self.places.YOUNG_S]
-            may_return = untried or any(call.ended and now < call.made_at + 2 * READ_HANGS_S for call in in_the_way)
+            may_return = untried or any(call.ended and now < call.returns_by for call in in_the_way)
             known.cannot_read(now, "" if may_return else NO_PLACE_TO_READ)
             read = False
         call = Call(known.id, known.generation, now, read, listen, connects_by=known.connects_by(now))
