@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "python"))
 
+import sglang_failed_session_probe
 from sglang.srt import environ
 from sglang.srt.disaggregation.mooncake import conn, hung_call, late_bytes, rdma_waits, session_probe, tent_probe
 from sglang.srt.disaggregation.mooncake.conn import _FailedSessionProber as Prober
@@ -39,7 +40,7 @@ from sglang.srt.observability import failed_session_rows as session_rows
 from sglang.srt.observability.failed_session_file import SessionsFile
 from sglang.srt.observability.failed_session_log import FailedSessionLog
 from sglang.srt.observability.failed_session_metrics import FailedSessionMetrics
-from sglang_failed_session_probe import harmless_logger, patch, sessions, status
+from sglang_failed_session_probe import __main__, harmless_logger, own_files, patch, sessions, status
 from sglang_failed_session_probe.harmless_logger import HarmlessLogger
 from sglang_failed_session_probe.printable import printable, printable_repr
 
@@ -1132,6 +1133,28 @@ BREAKS = [
         "abs(value) < _BEYOND_COUNTING",
         "math.isfinite(value)",
         STATUS_TESTS,
+    ),
+    Break("a page without end is not read to it", status._page, "read(_MOST_BYTES + 1)", "read()", STATUS_TESTS),
+    Break(
+        "where wrapt is found later the patch comes later",
+        sglang_failed_session_probe.activate,
+        "sys.meta_path.insert(0, _WithSGLang)",
+        "raise",
+        PATCH_TESTS,
+    ),
+    Break(
+        "without our files SGLang's are not taken for ours",
+        own_files.source_folder,
+        ' or (beside / "sglang" / "__init__.py").exists()',
+        "",
+        PATCH_TESTS,
+    ),
+    Break(
+        "a closed stream is no fault",
+        __main__._open_streams,
+        "if stream is None",
+        "if False",
+        "test/commands/test_main.py::test_a_closed_stream_is_no_fault",
     ),
     Break(
         "another service is not taken for none",

@@ -34,6 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> NoReturn:
     """Runs the command that the arguments name and ends the process."""
+    _open_streams()
     try:
         status = _run()
         sys.stdout.flush()
@@ -49,6 +50,16 @@ def main() -> NoReturn:
         sys.stderr.flush()
     # A thread that returns from Mooncake into an interpreter that shuts down would abort the process.
     os._exit(status)
+
+
+def _open_streams() -> None:
+    """Makes standard output and errors take any text; where they are closed it is discarded."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 until the process ends
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run() -> int:

@@ -39,6 +39,7 @@ from sglang_failed_session_probe import ON_WORDS, SWITCH, mooncake_wheels, patch
 from sglang_failed_session_probe.mooncake_wheels import Wheel
 from sglang_failed_session_probe.own_files import ENVIRON, file_of, load_settings
 from sglang_failed_session_probe.patch_points import PatchPoints
+from sglang_failed_session_probe.printable import printable
 
 _DISTRIBUTION = "sglang-failed-session-probe"
 _PACKAGE = "sglang_failed_session_probe"
@@ -52,6 +53,7 @@ _REINSTALL = "pip install --force-reinstall --no-deps sglang_failed_session_prob
 _MOONCAKE_LIBRARIES = ("libibverbs.so.1", "librdmacm.so.1", "libnuma.so.1", "libcurl.so.4")
 _CHILD_DEADLINE_S = 20.0
 _GREEN = 32
+_LONGEST = 2000  # characters of a line
 
 # What an error means for a prefill node, the worst first.
 _STOPS = "will NOT start, because"
@@ -160,10 +162,10 @@ def _print(found: Diagnosis) -> None:
     width = max(len(line.subject) for line in found.lines)
     for line in found.lines:
         mark = table.coloured(f"{line.mark:<7}", colours.get(line.mark))
-        print(f"{mark}  {line.subject:<{width}}  {line.finding}")
+        print(f"{mark}  {line.subject:<{width}}  {printable(line.finding, _LONGEST)}")
         if line.do:
-            print(f"{'':<7}  {'':<{width}}  do this: {line.do}")
-    print(found.verdict)
+            print(f"{'':<7}  {'':<{width}}  do this: {printable(line.do, _LONGEST)}")
+    print(printable(found.verdict, _LONGEST))
 
 
 # SGLang.
@@ -430,7 +432,14 @@ def _home_of(installed: importlib.metadata.Distribution) -> pathlib.Path:
     return pathlib.Path(str(installed.locate_file(_PACKAGE))).resolve()
 
 
-_CHILD_AT_THE_DOOR = f"import sys; print('{_PACKAGE}.patch' in sys.modules)"
+# Has the .pth file put a finder of ours there, and can what that needs be imported by then?
+_CHILD_AT_THE_DOOR = f"""
+import sys
+ours = any(str(getattr(each, "__module__", "")).startswith("{_PACKAGE}") for each in sys.meta_path)
+if ours:
+    import {_PACKAGE}.patch
+print(ours)
+"""
 
 
 def _look_at_doors(points: Optional[PatchPoints], environment: Mapping[str, str]) -> Iterator[Line]:
@@ -495,8 +504,8 @@ def _why_pth_is_shut(environment: Mapping[str, str]) -> Optional[tuple[str, str]
     if not files:
         is_installed = any(importlib.metadata.distributions(name=_DISTRIBUTION))
         return f"{_PTH} is not there", _REINSTALL if is_installed else _INSTALL
-    if f"{_PTH}:" in child.stderr:
-        why = child.stderr.strip().splitlines()[-3:][0].strip()
+    if f"{_PTH}:" in child.stderr or child.returncode > 0:
+        why = [*re.findall(r"^ *([\w.]+: .+)$", child.stderr, re.MULTILINE), child.stderr.strip()][-2:][0]
         lacks = re.search(r"No module named '(\w+)'", why)
         repair = f"pip install {lacks.group(1)}" if lacks and lacks.group(1) != _PACKAGE else _REINSTALL
         return f"{files[0] / _PTH} fails: {why}", repair

@@ -33,5 +33,5 @@ class Wheel(NamedTuple):
 def wheels_beside(package: pathlib.Path) -> Iterator[Wheel]:
     """The wheels of Mooncake that are installed beside this package."""
     for metadata in sorted(package.parent.glob("*mooncake*.dist-info")):
-        name, release = metadata.stem.rsplit("-", 1)  # what is in there may be unreadable
+        name, _, release = metadata.stem.rpartition("-")  # what is in there may be unreadable
         yield Wheel(name.replace("_", "-"), release, metadata)

@@ -23,8 +23,9 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 def source_folder() -> pathlib.Path:
     """The folder that holds our ``sglang`` tree: inside the package in a wheel, beside it in a checkout."""
-    packed = _PACKAGE / "python"
-    return packed if packed.is_dir() else _PACKAGE.parent
+    packed, beside = _PACKAGE / "python", _PACKAGE.parent
+    # In an installation whose files are gone, what lies beside it is SGLang itself.
+    return packed if packed.is_dir() or (beside / "sglang" / "__init__.py").exists() else beside
 
 
 def file_of(module: str) -> pathlib.Path:

@@ -80,7 +80,9 @@ def release_of(folder: pathlib.Path) -> str:
     """The release as SGLang itself would say it, "of unknown version" where it would not."""
     for file in ("_version.py", "version.py"):
         if (folder / file).is_file():
-            said = re.search(r"^__version__\b[^\n]*= *['\"]([^'\"]+)['\"]", (folder / file).read_text(), re.MULTILINE)
+            said = re.search(
+                r"^__version__\b[^\n]*= *['\"]([^'\"]+)['\"]", (folder / file).read_text(errors="replace"), re.MULTILINE
+            )
             if said:
                 return said.group(1)
     beside = importlib.metadata.distributions(name="sglang", path=[str(folder.parent)])

@@ -276,7 +276,7 @@ def _mute_mooncake() -> None:
     """Discards what Mooncake's own code writes; what this command writes goes where it went before."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        setattr(sys, name, os.fdopen(os.dup(descriptor), "w", buffering=1))
+        setattr(sys, name, os.fdopen(os.dup(descriptor), "w", buffering=1, errors="backslashreplace"))
         os.dup2(nowhere, descriptor)
 
 

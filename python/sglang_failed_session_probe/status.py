@@ -22,6 +22,7 @@ DEFAULT_URL = "http://127.0.0.1:30000/metrics"
 DEADLINE_S = 5.0
 # One that does not answer is probed within 0.55 s (hundreds: seldomer), so two readings this far apart show it.
 APART_S = 1.0
+_MOST_BYTES = 64 << 20  # a page of SGLang's has less than one MB
 
 _OURS = "sglang:failed_session"
 _PROBES = f"{_OURS}_probes_total"
@@ -123,7 +124,10 @@ def _in_words(reason: object) -> str:
 def _page(url: str) -> str:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=DEADLINE_S) as response:
-        return str(response.read().decode())
+        page = response.read(_MOST_BYTES + 1)
+    if len(page) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES >> 20} MB")
+    return str(page.decode())
 
 
 def _node(url: str, page: str) -> Node:
@@ -182,7 +186,7 @@ def _whole(value: Optional[float]) -> Optional[int]:
 def _median(buckets: dict[float, float]) -> Optional[float]:
     """An estimate from cumulative buckets; the last bound if it lies beyond that. None if they are empty."""
     half = buckets.get(math.inf, 0.0) / 2
-    if not 0 < half < math.inf:
+    if not 0 < half < math.inf or any(map(math.isnan, buckets.values())):
         return None
     lower, below = 0.0, 0.0
     for bound in sorted(buckets):

@@ -437,6 +437,26 @@ def test_our_package_in_a_zip_file(made: Make, wheel: pathlib.Path) -> None:
     assert "the files for SGLang's modules are missing" in report.verdict
 
 
+def test_our_files_are_gone_and_sglang_lies_beside_the_package(made: Make) -> None:
+    here = made(*EVERYTHING)
+    shutil.rmtree(here.site / "sglang_failed_session_probe/python")
+    report = here.doctor(**ON)
+    assert report.errors[:1] == ["package"]
+    assert report.verdict.startswith(WILL_NOT)
+
+
+def test_what_the_environment_says_breaks_no_line(sound: Environment) -> None:
+    done = sound.run("-m", "sglang_failed_session_probe", "doctor", MC_HANDSHAKE_CONNECT_TIMEOUT="\x1b[2J\n5", **ON)
+    assert "\x1b" not in done.stdout
+    assert "\n5" not in done.stdout
+
+
+def test_a_folder_that_is_named_like_a_wheel_without_a_release(made: Make) -> None:
+    here = made(*EVERYTHING)
+    (here.site / "mooncake.dist-info").mkdir()
+    assert here.doctor(**ON).whole["mooncake"]
+
+
 def test_no_wrapt(made: Make) -> None:
     report = made(SGLANG, MOONCAKE, PROMETHEUS).doctor(**ON)
     assert report.errors == ["wrapt"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
 import subprocess
+import sys
 
 import pytest
 from command import run, started
+from kit.paths import PYTHON_FOLDER
 from kit.releases import environment, wheel  # noqa: F401
 
 WRONG = {
@@ -61,6 +64,16 @@ def test_the_wheel_brings_the_command_and_it_knows_its_version(
 def test_the_door_at_interpreter_start_imports_nothing_of_the_command() -> None:
     code = "import sglang_failed_session_probe, sys; print('argparse' in sys.modules, 'json' in sys.modules)"
     assert run(what=("-S", "-c", code)) == (0, "False False\n", "")
+
+
+@pytest.mark.parametrize("arguments", ["--version 2>&-", "--help 2>&-", "sessions --json 2>&-", "doctor --json >&-"])
+def test_a_closed_stream_is_no_fault(arguments: str) -> None:
+    """As in a job that wants only the exit status."""
+    command = f"'{sys.executable}' -m sglang_failed_session_probe {arguments}"
+    env = {**os.environ, "PYTHONPATH": str(PYTHON_FOLDER)}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, env=env)
+    assert "fault of its own" not in done.stdout + done.stderr
+    assert done.returncode == 0 or not arguments.startswith("--")
 
 
 def test_a_fault_of_the_commands_own_is_one_line_and_no_traceback() -> None:

@@ -19,6 +19,7 @@ import pytest
 from command import Terminal, interrupt, run, started
 from kit.imposters import imposters
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from sglang_failed_session_probe import status
 from sglang_failed_session_probe.status import Node, _median, _node
 
 OTHER_METRIC = "# TYPE sglang:num_running_reqs gauge\nsglang:num_running_reqs 3.0\n"
@@ -100,6 +101,24 @@ def running(server: socketserver.TCPServer) -> Iterator[str]:
 
 def urls(*nodes: str) -> list[str]:
     return [argument for url in nodes for argument in ("--url", url)]
+
+
+def test_a_page_that_has_no_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_MOST_BYTES", 100_000)
+    sent = 0
+
+    class Endless(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            nonlocal sent
+            with contextlib.suppress(OSError):
+                self.request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while sent < 100_000_000:
+                    sent += self.request.send(OTHER_METRIC.encode() * 1000)
+
+    with running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Endless)) as address:
+        said = status._read(f"http://{address}/metrics").stuck
+    assert "it has more than" in said
+    assert sent < 50_000_000, "a wrong port takes all memory of the node"
 
 
 def test_a_row_a_node_with_its_figures() -> None:
@@ -390,6 +409,7 @@ def test_the_page_of_several_processes_is_summed() -> None:
         ({1.0: 1, 2.0: 1, 4.0: 5, float("inf"): 6}, 3.0),
         ({1.0: 0, 2.0: 0, float("inf"): 4}, 2.0),
         ({1.0: float("nan"), float("inf"): float("nan")}, None),
+        ({1.0: float("nan"), float("inf"): 4}, None),
     ],
 )
 def test_the_typical_outage_is_read_off_the_histogram(buckets: dict[float, float], median: float | None) -> None:

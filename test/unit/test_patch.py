@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 from kit.paths import PYTHON_FOLDER
 from sglang_failed_session_probe import SWITCH as ENABLE
-from sglang_failed_session_probe import patch
+from sglang_failed_session_probe import own_files, patch
 
 PTH_LINE = (PYTHON_FOLDER / "sglang_failed_session_probe.pth").read_text().strip()
 ON = {ENABLE: "1", "SGLANG_FAILED_SESSION_PROBE_SETTLE_S": "0.02"}
@@ -183,6 +183,55 @@ deactivate(); activate(); deactivate()
 assert is_sglangs_own()
 assert type(prefill().failed_sessions) is set
 """)
+
+
+NO_WRAPT = """
+import sys
+
+class NoWrapt:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "wrapt":
+            raise ModuleNotFoundError("No module named 'wrapt'")
+
+sys.modules.pop("wrapt", None)
+sys.modules.pop("sglang_failed_session_probe.patch", None)
+sys.meta_path.insert(0, NoWrapt)
+activate(); activate()
+"""
+
+
+def test_where_wrapt_is_found_only_after_the_pth_files_sglang_is_patched_when_it_is_imported(story: Story) -> None:
+    """As where it lies in the system's folder, and we in that of a user or a venv."""
+    lines = story(f"""
+{NO_WRAPT}
+sys.meta_path.remove(NoWrapt)
+assert heals(prefill())
+assert not is_sglangs_own()
+deactivate()
+assert is_sglangs_own()
+assert not any("sglang_failed" in str(getattr(finder, "__module__", "")) for finder in sys.meta_path)
+""")
+    assert errors(lines) == []
+
+
+def test_where_wrapt_is_not_there_at_all_that_is_one_error_and_sglang_runs_on_unpatched(story: Story) -> None:
+    lines = story(f"""
+{NO_WRAPT}
+assert type(prefill().failed_sessions) is set
+assert is_sglangs_own()
+""")
+    (error,) = errors(lines)
+    assert "NOT active: it cannot be loaded" in error
+
+
+def test_an_installation_whose_files_are_gone_takes_no_module_of_sglangs_for_its_own(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").touch()
+    monkeypatch.setattr(own_files, "_PACKAGE", tmp_path / "sglang_failed_session_probe")
+    assert own_files.file_of(own_files.CONN).is_relative_to(tmp_path / "sglang_failed_session_probe")
 
 
 def test_our_new_modules_are_found_beside_sglangs_only_while_active(story: Story) -> None:
