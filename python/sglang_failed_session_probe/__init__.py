@@ -48,8 +48,11 @@ class _WithSGLang:
         except Exception:
             import logging
 
-            text = "Failed-session probe is NOT active: it cannot be loaded. SGLang runs on unpatched"
-            logging.getLogger(__name__).error(text, exc_info=True)
+            logging.getLogger(__name__).error(
+                "Failed-session probe is NOT active: it cannot be loaded. SGLang runs on unpatched; "
+                "sglang-failed-session-probe doctor says what is missing",
+                exc_info=True,
+            )
 
 
 def deactivate() -> None:

@@ -624,7 +624,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("at_once")
 def test_a_hundred_role_switches_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_probe, "_page_stays_with", set())
     engine = Engine()
     hooks: list[Any] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook))
@@ -670,7 +669,6 @@ def test_a_page_that_a_pending_read_may_still_write_to_stays_registered(
 def test_a_page_that_another_manager_reads_into_stays_registered(
     reads_are: list[str], make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_probe, "_page_stays_with", set())
     engine, manager = with_pending_reads(make_manager, reads_are)
     assert wait_until(manager._failed_session_prober._is_reading)
     wrapper = Engine()
@@ -701,16 +699,15 @@ def test_at_an_exit_all_managers_stop_side_by_side(make_manager: MakeManager, mo
 def test_nothing_is_read_after_a_teardown(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody would look at those reads, and the page would be registered again."""
     monkeypatch.setenv("SGLANG_FAILED_SESSION_PROBE_SETTLE_S", "0")
-    engine = Engine()
+    engine, before = Engine(), set(threading.enumerate())
     engine.probe[D] = lambda: 0 if len(engine.asked) == 1 or engine.goes_on.wait(10) else REFUSED
     manager = make_manager(engine)
     manager.register_decode(D, SOME_MEMORY)
     blacklist(manager, D)
     assert wait_until(lambda: len(engine.asked) == 2), "the second probe is the one that reads follow"
     manager.teardown()
-    running = set(threading.enumerate())
     engine.goes_on.set()
-    assert wait_until(lambda: set(threading.enumerate()) < running)
+    assert wait_until(lambda: set(threading.enumerate()) <= before)
     assert (engine.reads, engine.registered) == ([], [])
 
 

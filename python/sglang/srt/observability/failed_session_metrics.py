@@ -60,7 +60,7 @@ _histogram = functools.partial(_LazyMetric, "Histogram")
 RECOVERIES = _counter("sglang:failed_session_recoveries_total", "Mooncake sessions let in again after a probe.")
 _UNPROVEN = _counter(
     "sglang:failed_session_unproven_recoveries_total",
-    "Mooncake sessions let in again though their memory could not be read.",
+    "Mooncake sessions let in again without proof that transfers work.",
 )
 _PROBES = _counter("sglang:failed_session_probes_total", "Probes and verifications that ended.", labelnames=("result",))
 _PROBE_DURATION = _histogram(

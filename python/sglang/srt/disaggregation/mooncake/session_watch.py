@@ -414,7 +414,7 @@ class SessionWatch:
                 call = self._in_flight.get(known.id)
                 if not unverified or call is None or call.answered:
                     self._let_in(known, now, unverified)
-                elif now >= call.made_at + READ_HANGS_S:  # its probe hangs: the answer to another one decides
+                elif now >= call.made_at + READ_HANGS_S:  # else its answer decides in a moment
                     self._to_end.append(call)
             case Forget():
                 self._forget(known.id)
